@@ -1,0 +1,114 @@
+"""What both command lines share: names of flags, warnings that say nothing, errors as one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+
+
+def normalise(
+    argv: Sequence[str], aliases: Mapping[str, str], switches: Collection[str], lists: Collection[str] = ()
+) -> list[str]:
+    """Command-line arguments as the parser knows them: hyphen or underscore alike, official names, bare switches,
+    several values of a list."""
+    result: list[str] = []
+    pending = list(argv)
+    while pending:
+        word = pending.pop(0)
+        if not word.startswith("--"):
+            result.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        name = name.replace("-", "_").replace("__", "--", 1)
+        name = aliases.get(name, name)
+        values = [value] if equals else []
+        while not equals and pending and not pending[0].startswith("--") and (not values or name in lists):
+            values.append(pending.pop(0))
+        if name in switches and not values:
+            values = ["true"]
+        if name in lists and values and not values[0].startswith("["):
+            values = ["[" + ", ".join(repr(v) for v in values) + "]"]
+        result += [f"{name}={values[0]}"] if values else [name]
+    return result
+
+
+def scan(argv: Sequence[str], group: str, default: str) -> str:
+    """The value of `--GROUP.name`, from the flags or else the last `--config` file that has one."""
+    import yaml
+
+    found = default
+    for word in argv:
+        if word.startswith("--config="):
+            try:
+                content = yaml.safe_load(Path(word.partition("=")[2]).read_text()) or {}
+            except (OSError, yaml.YAMLError):
+                continue  # the parser says what is wrong with it
+            entry = content.get(group, {})
+            found = entry.get("name", found) if isinstance(entry, dict) else entry
+    for word in argv:
+        if word.startswith(f"--{group}.name="):
+            found = word.partition("=")[2]
+    return found
+
+
+def quiet() -> None:
+    """Silence what says nothing about the run."""
+    for message in (
+        ".*does not have many workers.*",
+        ".*`configure_optimizers` returned `None`.*",
+        ".*number of training batches.*smaller than the logging interval.*",
+        ".*Experiment logs directory.*exists and is not empty.*",
+        ".*torch.inference_mode.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*in eval mode at the start of training.*",
+        ".*a sampler that is not.*DistributedSampler.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    import logging
+
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+
+
+def guarded(main: Callable[[], None]) -> None:
+    """Turns what a user can mend into one line and exit code 2."""
+    from jsonargparse import ArgumentError
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from come_pl.models import ModelError
+    from come_pl.runs import RunError
+
+    try:
+        main()
+    except MisconfigurationException as error:
+        _fail(str(error).splitlines()[0])
+    except (ModelError, RunError, ArgumentError) as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno is None:
+            raise
+        _fail(f"{error.strerror}: {error.filename or 'while writing'}; free space or give another --output")
+    except ValueError as error:
+        if not type(error).__module__.startswith("come_pl") and not _ours(error):
+            raise
+        _fail(str(error))
+
+
+def _ours(error: ValueError) -> bool:
+    """Whether a plain ValueError was raised by a line of this package, not from inside a library."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and frame.tb_frame.f_globals.get("__name__", "").startswith("come_pl")
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,131 @@
+"""Lightning CLI wiring of `prune.py` and `come-prune`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from come_pl.cli.common import guarded, normalise, quiet, scan
+
+ALIASES = {  # the official toolkit's flags, and short names, by what they are here
+    "--method": "--method.name",
+    "--model_name": "--model.path",
+    "--save_path": "--output",
+    "--calibration_dataset": "--data.calibration",
+    "--nsamples": "--data.nsamples",
+    "--seqlen": "--data.seqlen",
+    "--batch_size": "--data.batch_size",
+    "--skip_method": "--method.skip_method",
+    "--merge_item": "--method.merge_item",
+    "--wo_repeat": "--method.wo_repeat",
+    "--granularity": "--method.granularity",
+    "--psu": "--method.p",
+    "--min_max": "--method.rho",
+    "--ppl_data": "--evaluation.data",
+}
+SWITCHES = {"--method.wo_repeat", "--continue_saving", "--overwrite", "--resume"}  # a bare flag means true
+LISTS = {"--evaluation.data"}
+
+
+def prune_main() -> None:
+    """Console script `come-prune`, and `prune.py`."""
+    guarded(_prune)
+
+
+def _prune() -> None:
+    quiet()
+    from lightning import seed_everything
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    from come_pl.data import CalibrationData
+    from come_pl.pruning.loop import PruningDDP
+    from come_pl.pruning.methods import ALIASES as METHOD_ALIASES
+    from come_pl.pruning.methods import METHODS, find
+    from come_pl.pruning.module import PruningModule
+    from come_pl.pruning.run import EvaluationText, prune
+
+    # in place: Lightning starts further processes with the same sys.argv
+    sys.argv[1:] = normalise(sys.argv[1:], ALIASES, SWITCHES, LISTS)
+    name, method_class = find(scan(sys.argv[1:], "method", "come"))
+    StrategyRegistry.register("pruning_ddp", PruningDDP, override=True)
+
+    class PruneCLI(LightningCLI):
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.add_argument("--seed", type=int, default=0, help="Seed of everything random.")
+            parser.add_argument("--target_layers", type=int | None, default=None, help="Depth of the pruned model.")
+            parser.add_argument(
+                "--sparsity",
+                type=float | None,
+                default=None,
+                help="Fraction of the decoder layers' parameters to remove, instead of a depth; 0.3 without either.",
+            )
+            parser.add_argument(
+                "--output",
+                type=str | None,
+                default=None,
+                help="Run folder; by default runs/prune/ and a name made of model, method, depth and settings.",
+            )
+            parser.add_argument(
+                "--continue_saving", type=bool, default=False, help="Save the model of every depth on the way."
+            )
+            parser.add_argument(
+                "--resume",
+                type=bool,
+                default=False,
+                help="Insist on going on with a run that was cut off (the same command does so by itself).",
+            )
+            parser.add_argument("--overwrite", type=bool, default=False, help="Replace the run in the output folder.")
+            parser.add_argument(
+                "--method.name",
+                type=str,
+                default=name,
+                help=f"Pruning method: {', '.join(METHODS)} (aliases: {', '.join(METHOD_ALIASES)}).",
+            )
+            parser.add_class_arguments(method_class, "method", instantiate=False)
+            parser.add_class_arguments(EvaluationText, "evaluation")
+
+        def before_instantiate_classes(self) -> None:
+            trainer = self.config.trainer
+            if trainer.strategy == "auto" and str(trainer.devices) != "1" or trainer.strategy == "ddp":
+                trainer.strategy = "pruning_ddp"
+
+    cli = PruneCLI(
+        PruningModule,
+        CalibrationData,
+        run=False,
+        save_config_callback=None,
+        seed_everything_default=False,
+        auto_configure_optimizers=False,
+        parser_kwargs={
+            "usage": "prune.py [--method NAME] [--model.path PATH] [--target_layers N] [options]; see --help",
+            "description": "Make a causal language model shallower. Without arguments: the demo model, 30 to 21 layers.",
+        },
+        trainer_defaults={
+            "max_epochs": -1,
+            "devices": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_model_summary": False,
+        },
+    )
+    config = cli.config
+    if config.resume and config.output and not (Path(config.output) / "run.json").is_file():
+        raise ValueError(f"--resume: {config.output!r} holds no run to go on with; run without --resume")
+    seed_everything(config.seed, verbose=False)
+    options = {k: v for k, v in config.method.items() if k != "name"}
+    output = Path(config.output) if config.output else None
+    prune(
+        cli.model,
+        cli.datamodule,
+        cli.trainer,
+        method=name,
+        options=options,
+        target_layers=config.target_layers,
+        sparsity=config.sparsity,
+        evaluation=cli.config_init.evaluation,
+        output=output,
+        seed=config.seed,
+        continue_saving=config.continue_saving,
+        overwrite=config.overwrite,
+    )

@@ -1,0 +1,81 @@
+"""The pruning loop: a callback that ends each epoch with one step of a method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.strategies import DDPStrategy
+
+from come_pl.pruning.methods.base import Method
+from come_pl.pruning.module import PruningModule
+from come_pl.record import Meter, Record
+
+
+class ProgressivePruning(Callback):
+    """Ends each epoch with one step, writes the record, and stops the fit at the target depth.
+
+    Args:
+        method: decides the steps.
+        target_layers: depth to stop at.
+        after_step: called on the first process after each step, with the module.
+    """
+
+    def __init__(self, method: Method, target_layers: int, after_step: Callable[[PruningModule], None] | None = None):
+        self.method, self.target_layers, self.after_step = method, target_layers, after_step
+        self.steps_done = 0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, PruningModule)
+        self.meter = Meter(pl_module.device)
+        pl_module.statistics.to(pl_module.device)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, PruningModule)
+        record: Record = pl_module.record
+        # compute() sums over processes, so each of them takes the same decision
+        statistics = pl_module.statistics.compute() if pl_module.needs else {}
+        decision = self.method(pl_module, statistics, record, remove=record.layers - self.target_layers)
+        step = decision.step
+        pl_module.do(step, decision.layer)
+        step.loss, step.kl = pl_module.monitor()
+        step.seconds, step.peak_gib = self.meter.seconds, self.meter.peak_gib
+        record.append(step)
+        self.steps_done += 1
+        if trainer.is_global_zero:
+            record.write()
+            if self.after_step is not None:
+                self.after_step(pl_module)
+        measures = {"layers": float(record.layers), "loss": step.loss, "kl": step.kl, "seconds": step.seconds}
+        pl_module.log_dict({k: measures[k] for k in ("layers", "loss", "kl")}, prog_bar=True, logger=False)
+        for logger in trainer.loggers:
+            chosen = {f"score/{k}": _chosen(v, step.layers[0]) for k, v in step.scores.items()}
+            logger.log_metrics(measures | {k: v for k, v in chosen.items() if v is not None}, step=step.step)
+            logger.save()
+        wanted = trainer.max_steps
+        if record.layers <= self.target_layers or (wanted is not None and 0 <= wanted <= self.steps_done):
+            trainer.should_stop = True
+
+
+def _chosen(values: list[float | None], index: int) -> float | None:
+    return values[index] if index < len(values) else None
+
+
+class PruningBar(TQDMProgressBar):
+    """Lightning's progress bar; an epoch is named by what it does."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        super().on_train_epoch_start(trainer, pl_module, *args)
+        assert isinstance(pl_module, PruningModule)
+        first = f", from layer {pl_module.start}" if pl_module.start else ""
+        self.train_progress_bar.set_description(f"measuring {pl_module.record.layers} layers{first}")
+
+
+class PruningDDP(DDPStrategy):
+    """DDP for a module with nothing to train: processes and collectives without the gradient reducer, which refuses
+    such a module."""
+
+    def configure_ddp(self) -> None:
+        pass

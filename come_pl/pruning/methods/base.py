@@ -1,0 +1,47 @@
+"""What a method is: something that looks at a student and decides the next step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor, nn
+
+from come_pl.record import Record, Step
+
+if TYPE_CHECKING:
+    from come_pl.pruning.module import PruningModule
+
+
+@dataclass
+class Decision:
+    """A step, and the merged layer if the method built it already."""
+
+    step: Step
+    layer: nn.Module | None = None
+
+
+class Method(ABC):
+    """Decides one step at a time.
+
+    Class attributes:
+        needs: what the calibration pass collects for it, of `channel_intensity`, `block_influence` and
+            `span_distance` (the last two come together); empty for a method that looks at weights only.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    span = 2  # layers that a span distance covers
+
+    @abstractmethod
+    def __call__(
+        self, module: PruningModule, statistics: dict[str, Tensor], record: Record, *, remove: int
+    ) -> Decision:
+        """The next step.
+
+        Args:
+            module: teacher, student, and the calibration loss of candidates (`module.loss`).
+            statistics: of the student as it is, see `taps.LayerStatistics`.
+            record: the steps so far.
+            remove: layers still to be removed; a step removes at most that many.
+        """

@@ -1,0 +1,218 @@
+"""The LightningModule of pruning: a teacher, a student that shares its untouched layers, and what is read off them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from come_pl import record as records
+from come_pl.decoder import Decoder
+from come_pl.record import Record, Step
+from come_pl.surgery import share
+from come_pl.taps import (
+    LayerStatistics,
+    boundaries,
+    projection_inputs,
+    states_for,
+    targets_of,
+    token_divergences,
+    token_losses,
+)
+
+
+class NotFinite(ValueError):
+    """Calibration gave NaN or infinity."""
+
+
+class PruningModule(LightningModule):
+    """Holds the dense model (teacher) and the model being pruned (student), and collects statistics of the student.
+
+    One epoch is one pass over the calibration windows. After a step only the layers from the lowest changed one upward
+    run again, from the states kept at every boundary.
+
+    Args:
+        path: Dense model: `embedded` (SmolLM2-135M-Instruct), a hub id, a folder, a .gguf file, or package:NAME.
+        dtype: auto (the checkpoint's own on an accelerator, float32 on a CPU), float32, bfloat16 or float16.
+        cache: Where the streams between layers are kept for the next pass: ram, or none (every pass runs all layers;
+            less memory, the same result).
+        monitor: Number of calibration windows on which loss and KL(teacher || student) are measured after each step.
+    """
+
+    def __init__(
+        self,
+        path: str = "embedded",
+        dtype: str = "auto",
+        cache: Literal["ram", "none"] = "ram",
+        monitor: int = 4,
+    ):
+        super().__init__()
+        self.save_hyperparameters()
+        self.automatic_optimization = False
+        self.path, self.dtype_name, self.cache, self.monitor_windows = path, dtype, cache, monitor
+        self.needs: frozenset[str] = frozenset()
+        self.span = 2
+
+    def configure_optimizers(self) -> None:
+        return None
+
+    def attach(self, model: Any, record: Record, *, needs: Collection[str], span: int = 2) -> None:
+        """Give the module its dense model, the record to go on from, and what its method needs measured."""
+        self.teacher_model, self.record = model.requires_grad_(False), record
+        self.student_model = records.replay(record, model) if record.steps else share(model)
+        self.teacher, self.student = Decoder(self.teacher_model), Decoder(self.student_model)
+        self.needs, self.span = frozenset(needs), span
+        self.start = 0  # lowest layer that the next pass runs
+        self.batches: list[dict[str, Any]] = []
+        self._states: list[list[Tensor]] = []  # batch → boundary → (batch, seq, hidden)
+        self._teacher_final: dict[int, Tensor] = {}
+        self.statistics = self._fresh_statistics()
+
+    def _fresh_statistics(self) -> LayerStatistics:
+        shape = self.student.geometry
+        channels = (shape.heads * shape.head_dim, shape.ffn) if "channel_intensity" in self.needs else None
+        return LayerStatistics(len(self.student), self.span, channels)
+
+    # -- one pass -------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        self.student_model.eval()
+        self.teacher_model.eval()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Runs the student from the lowest changed layer and adds to the statistics. No loss, no gradient."""
+        with torch.inference_mode():
+            if len(self.batches) <= batch_idx:
+                # asked once: `all()` waits for the device
+                self.batches.append(batch | {"attention": attention_mask(batch["mask"])})
+                self._states.append([])
+                if self._monitored(batch_idx):
+                    self._teacher_final[batch_idx] = self.teacher.run(*_inputs(self.batches[batch_idx]))
+            if not self.needs:  # a method that looks at weights only
+                return
+            kept, mask = self._states[batch_idx], batch["mask"]
+
+            def seen(kind: str, layer: int, x: Tensor) -> None:
+                self.statistics.add_channels(kind, layer, x, mask)
+
+            with boundaries(self.student, self.start) as found:
+                if "channel_intensity" in self.needs:
+                    with projection_inputs(self.student, self.start, seen):
+                        self._forward(batch_idx, self.start)
+                else:
+                    self._forward(batch_idx, self.start)
+            states = states_for(found, [s.to(mask.device, non_blocking=True) for s in kept[: self.start + 1]])
+            self.statistics.update(states, mask, self.start)
+            if self.cache != "none":
+                self._states[batch_idx] = [*kept[: self.start], *(self._keep(found[b]) for b in sorted(found))]
+
+    def _keep(self, state: Tensor) -> Tensor:
+        return state.to("cpu")
+
+    def _forward(self, batch_idx: int, start: int, **arrangement: Any) -> Tensor:
+        batch, kept = self.batches[batch_idx], self._states[batch_idx]
+        if self.cache == "none" or not kept:
+            start, hidden = 0, None
+        else:
+            hidden = kept[start] if start else None
+        return self.student.run(*_inputs(batch), start=start, hidden=hidden, **arrangement)
+
+    # -- what methods may ask for -----------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def loss(
+        self,
+        start: int = 0,
+        *,
+        skip: Collection[int] = (),
+        swap: Mapping[int, nn.Module] | None = None,
+        bound: float = math.inf,
+    ) -> float:
+        """Calibration loss (nats a token) of the student with layers skipped or swapped.
+
+        Args:
+            start: lowest layer that differs from the student; layers below are not run.
+            bound: a loss already found; once this one is sure to be above it, infinity is returned.
+        """
+        total = torch.zeros(2, dtype=torch.float64)
+        tokens = float(self._sum(self._local_targets()))
+        for index, batch in enumerate(self.batches):
+            hidden = self._forward(index, start, skip=skip, swap=swap)
+            losses = token_losses(self.student, hidden, batch["input_ids"], batch["mask"])
+            total[0] += losses.sum(dtype=torch.float64).cpu()
+            if bound < math.inf and float(total[0]) > bound * tokens:
+                total[1] = 1  # this process alone is above the bound, so the sum is
+                break
+        total = self._sum(total)
+        return math.inf if total[1] > 0 else float(total[0]) / tokens
+
+    def _local_targets(self) -> Tensor:
+        return sum(targets_of(b["mask"]).sum().double().cpu() for b in self.batches) + torch.zeros(1).double()
+
+    def _sum(self, value: Tensor) -> Tensor:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            value = value.to(self.device)
+            torch.distributed.all_reduce(value)
+        return value.cpu()
+
+    # -- steps ------------------------------------------------------------------------------------------------------
+
+    def do(self, step: Step, layer: nn.Module | None = None) -> None:
+        """Apply a step to the student; the next pass starts at the lowest changed layer."""
+        records.apply(step, self.student, layer)
+        lowest = min(step.layers)
+        self.start = 0 if self.cache == "none" else lowest
+        for index, states in enumerate(self._states):
+            self._states[index] = states[: lowest + 1]
+        self.statistics = self.statistics.carry(len(self.student), self.start)
+
+    def _monitored(self, batch_idx: int) -> bool:
+        """Whether a batch is among the first `monitor` windows of all processes together."""
+        batch = self.batches[batch_idx]["input_ids"].shape[0]
+        return batch_idx * batch * self._world() < self.monitor_windows
+
+    def _world(self) -> int:
+        return self.trainer.world_size if self._trainer is not None else 1
+
+    @torch.inference_mode()
+    def monitor(self) -> tuple[float, float]:
+        """(loss, KL(teacher ‖ student)) of the student as it is, nats a token, on the monitored windows."""
+        sums = torch.zeros(4, dtype=torch.float64)
+        for index, teacher_final in self._teacher_final.items():
+            batch = self.batches[index]
+            hidden = self._forward(index, self.start)
+            losses = token_losses(self.student, hidden, batch["input_ids"], batch["mask"])
+            divergence = token_divergences(self.student, hidden, self.teacher, teacher_final) * batch["mask"]
+            sums += torch.stack(
+                [
+                    losses.sum(dtype=torch.float64),
+                    targets_of(batch["mask"]).sum().double(),
+                    divergence.sum(dtype=torch.float64),
+                    batch["mask"].sum().double(),
+                ]
+            ).cpu()
+        sums = self._sum(sums)
+        loss, divergence_mean = float(sums[0] / sums[1].clamp(min=1)), float(sums[2] / sums[3].clamp(min=1))
+        if not math.isfinite(loss):
+            raise NotFinite("the calibration loss is not finite; the model or its dtype overflows on this text")
+        return loss, divergence_mean
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {}  # the record is what a run resumes from
+
+
+def _inputs(batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    return batch["input_ids"], batch["attention"]
+
+
+def attention_mask(mask: Tensor) -> Tensor | None:
+    """What the model gets: None for windows without padding, which keeps attention kernels on their fast path. A window
+    of weight zero (no token counts) is run as if it were whole."""
+    if bool(mask.all()):
+        return None
+    mask = mask | ~mask.any(1, keepdim=True)
+    return None if bool(mask.all()) else mask.long()

@@ -1,0 +1,257 @@
+"""One pruning run, from a dense model to a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities import rank_zero_only
+
+from come_pl import models
+from come_pl.card import pruned_card
+from come_pl.data import CalibrationData, TokenWindows, token_windows
+from come_pl.decoder import Decoder
+from come_pl.evaluation.perplexity import perplexity
+from come_pl.pruning.loop import ProgressivePruning, PruningBar
+from come_pl.pruning.methods import find
+from come_pl.pruning.module import PruningModule
+from come_pl.record import Meter, Record
+from come_pl.report import importance, merge_map
+from come_pl.runs import Run, check_space, digest
+
+ROOT = Path("runs/prune")
+
+
+class BadTarget(ValueError):
+    """A target depth that the model does not have."""
+
+
+@dataclass
+class EvaluationText:
+    """Text that dense and pruned perplexity are measured on.
+
+    Args:
+        data: Text sources, as for calibration; an empty list measures nothing.
+        tokens: Tokens of each.
+        seqlen: Tokens in a window; by default that of calibration.
+    """
+
+    data: list[str] = field(default_factory=lambda: ["embedded"])
+    tokens: int = 16384
+    seqlen: int | None = None
+
+
+def target_depth(layers: int, target_layers: int | None, sparsity: float | None) -> int:
+    """Depth to prune to.
+
+    Args:
+        layers: depth of the dense model.
+        target_layers: the depth itself.
+        sparsity: fraction of the parameters of the decoder layers to remove; the least number of layers that removes
+            at least as much. Without either, 0.3.
+
+    Raises:
+        BadTarget: nothing to remove, nothing left, or both given.
+    """
+    if target_layers is not None and sparsity is not None:
+        raise BadTarget("both --target_layers and --sparsity are given; give one")
+    if target_layers is None:
+        sparsity = 0.3 if sparsity is None else sparsity
+        if not 0 < sparsity < 1:
+            raise BadTarget(f"sparsity {sparsity}: expected a fraction of the decoder's parameters between 0 and 1")
+        remove = next(k for k in range(1, layers + 1) if k / layers >= sparsity - 1e-9)  # equal layers: share is k / n
+        if remove >= layers:
+            raise BadTarget(f"sparsity {sparsity} would leave none of the {layers} layers; give a smaller one")
+        return layers - remove
+    if not 1 <= target_layers < layers:
+        raise BadTarget(
+            f"target_layers {target_layers}: the model has {layers} layers; expected a depth from 1 to {layers - 1}"
+        )
+    return target_layers
+
+
+def prune(
+    module: PruningModule,
+    data: CalibrationData,
+    trainer: Trainer,
+    *,
+    method: str,
+    options: Mapping[str, Any],
+    target_layers: int | None = None,
+    sparsity: float | None = None,
+    evaluation: EvaluationText | None = None,
+    output: Path | None = None,
+    seed: int = 0,
+    continue_saving: bool = False,
+    overwrite: bool = False,
+) -> Path | None:
+    """Prune `module.path` and write a run folder; a run that was killed goes on from its last finished step.
+
+    Returns:
+        The run folder, or None on processes other than the first.
+
+    Raises:
+        ValueError: one of the package's own errors, all of which are one clear line.
+    """
+    main = rank_zero_only.rank == 0
+    evaluation = evaluation or EvaluationText()
+    name, method_class = find(method)
+    chosen = method_class(**options)
+    config = models.load_config(module.path).get_text_config(decoder=True)
+    target = target_depth(config.num_hidden_layers, target_layers, sparsity)
+    tokenizer = models.load_tokenizer(module.path)
+    from come_pl.decoder import family_of
+
+    bos = family_of(config).needs_bos and tokenizer.bos_token_id is not None
+    windows = data.attach(tokenizer, bos=bos, seed=seed)
+    texts = _evaluation_windows(evaluation, tokenizer, bos, data.seqlen) if main else {}
+    identity = {
+        "model": {"path": module.path, "dtype": module.dtype_name},
+        "method": {"name": name, **options},
+        "target_layers": target,
+        "data": {"source": windows.source, "tokens": windows.tokens, "fingerprint": windows.fingerprint},
+        "monitor": module.monitor_windows,
+        "seed": seed,
+    }
+    output = output or ROOT / f"{_slug(module.path)}-{name}-{target}-{digest(identity)}"
+    run = Run(output, identity, overwrite=overwrite, main=main)
+    if run.finished:
+        print(f"{output} is finished already; --overwrite runs it again")
+        print(summary(run.info))
+        return output
+    meter = Meter()
+    model = models.load_model(module.path, module.dtype_name)
+    loading = meter.seconds
+    bytes_left = models.parameter_count(model) * next(model.parameters()).element_size()
+    check_space(output, 1.1 * bytes_left * ((config.num_hidden_layers - target) if continue_saving else 1) / 2**30)
+
+    record_file = output / "record.jsonl"
+    layers = config.num_hidden_layers
+    record = Record.read(record_file, layers) if record_file.is_file() else Record(layers, record_file)
+    if main:
+        if run.resumed and record.steps:
+            print(f"going on from step {len(record.steps)}: {record.layers} of {layers} layers left")
+        run.update(
+            model={
+                "path": module.path,
+                "fingerprint": models.fingerprint(model),
+                "layers": layers,
+                "parameters": models.parameter_count(model),
+                "dtype": str(model.dtype).removeprefix("torch."),
+            },
+            method={"name": name, **options},
+            data={
+                "source": windows.source,
+                "tokens": windows.tokens,
+                "windows": len(windows),
+                "seqlen": data.seqlen,
+                "fingerprint": windows.fingerprint,
+            },
+            target_layers=target,
+            seed=seed,
+        )
+    device = trainer.strategy.root_device
+    if main and "perplexity" not in run.info:
+        meter = Meter(device)
+        run.update(perplexity=_measure(model.to(device), texts, "dense"), seconds={"load": round(loading, 2)})
+        run.info["seconds"]["dense_perplexity"] = round(meter.seconds, 2)
+    module.attach(model, record, needs=chosen.needs, span=chosen.span)
+
+    def save(folder: Path, pruned: dict[str, Any] | None) -> None:
+        card = pruned_card(run.info | {"perplexity": pruned or {}}, record)
+        models.save_model(module.student_model, folder, tokenizer, card)
+
+    def after_step(_: PruningModule) -> None:
+        if continue_saving and record.layers > target:
+            save(output / f"model-{record.layers}", None)
+
+    meter = Meter(device)
+    if record.layers > target:
+        trainer.callbacks.append(ProgressivePruning(chosen, target, after_step))  # type: ignore[attr-defined]
+        bars = [PruningBar() if isinstance(c, ProgressBar) else c for c in trainer.callbacks]  # type: ignore[attr-defined]
+        trainer.callbacks = bars  # type: ignore[attr-defined]
+        trainer.fit(module, datamodule=data)
+    if not main:
+        return None
+    if record.layers > target:
+        print(f"stopped at {record.layers} layers, before the target of {target}; the same command goes on from here")
+        return output
+    pruning = sum(s.seconds for s in record.steps)
+    measured = _measure(module.student_model.to(device), texts, "pruned", run.info["perplexity"])
+    seconds = run.info.get("seconds", {}) | {"prune": round(pruning, 2)}
+    module.student_model.to("cpu")
+    save(output / "model", measured)
+    parameters = {
+        "dense": run.info["model"]["parameters"],
+        "pruned": models.parameter_count(module.student_model),
+        "layer": Decoder(model).layer_parameters,
+    }
+    run.update(
+        perplexity=measured,
+        seconds=seconds,
+        peak_gib=round(max(s.peak_gib for s in record.steps), 3),
+        parameters=parameters,
+        devices=trainer.world_size,
+        groups=record.groups,
+    )
+    merge_map(output)
+    importance(output)
+    run.update(status="finished")
+    if output.parent.resolve() == ROOT.resolve():
+        run.make_latest()
+    print(summary(run.info))
+    print(f"written to {output}")
+    return output
+
+
+def _slug(path: str) -> str:
+    name = {"embedded": "smollm2-135m-instruct", models.EMBEDDED: "smollm2-135m-instruct"}.get(path)
+    name = name or Path(path).name.removesuffix(".gguf").lower() or "model"
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+
+
+def _evaluation_windows(evaluation: EvaluationText, tokenizer: Any, bos: bool, seqlen: int) -> dict[str, TokenWindows]:
+    return {
+        source: token_windows(
+            source,
+            tokenizer,
+            split="evaluation",
+            tokens=evaluation.tokens,
+            seqlen=evaluation.seqlen or seqlen,
+            bos=bos,
+        )
+        for source in evaluation.data
+    }
+
+
+def _measure(
+    model: Any, texts: Mapping[str, TokenWindows], which: str, so_far: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    measured = {name: dict(entry) for name, entry in (so_far or {}).items()}
+    for name, windows in texts.items():
+        found = perplexity(model, windows.input_ids, windows.mask, title=f"{which} perplexity on {Path(name).name}")
+        entry = measured.setdefault(name, {"tokens": found.tokens, "seqlen": windows.input_ids.shape[1]})
+        entry[which] = round(found.token, 4)
+    return measured
+
+
+def summary(info: Mapping[str, Any]) -> str:
+    """What a run did, in a few lines for the terminal."""
+    parameters = info["parameters"]
+    removed = 1 - parameters["pruned"] / parameters["dense"]
+    layers: Sequence[Any] = info["groups"]
+    lines = [
+        f"layers      {info['model']['layers']} → {len(layers)}",
+        f"parameters  {parameters['dense'] / 1e6:.1f}M → {parameters['pruned'] / 1e6:.1f}M (−{removed:.0%})",
+    ]
+    for name, entry in info["perplexity"].items():
+        lines.append(
+            f"perplexity  {entry['dense']:.2f} → {entry['pruned']:.2f} ({entry['pruned'] / entry['dense']:.2f}×) on "
+            f"{entry['tokens']} held-out tokens of {Path(name).name}"
+        )
+    lines.append(f"pruning     {info['seconds']['prune']:.0f} s, peak memory {info['peak_gib']:.2f} GiB")
+    return "\n".join(lines)

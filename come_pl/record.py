@@ -1,0 +1,253 @@
+"""What was done to a model, step by step, and what made it.
+
+A `Step` says everything needed to do it again: `replay(record, dense)` rebuilds the pruned model. A `Record` is written
+after every step, as JSON lines, beside the old file and then renamed over it, so that a killed run leaves a whole one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from come_pl import surgery
+from come_pl.decoder import Decoder
+from come_pl.surgery import Kept
+
+
+class RecordError(ValueError):
+    """A record that cannot be read or does not fit the model."""
+
+
+@dataclass
+class Step:
+    """One edit of the student.
+
+    Attributes:
+        kind: `drop` a layer, or `merge` adjacent layers into one by concatenation.
+        layers: student indices before the step.
+        ratio: share of each merged layer; None for a drop.
+        kept: what a merge keeps of each layer.
+        norm: how a merge treats norms, see `surgery.concatenate`.
+        scores: what the decision was made from, one list a score.
+        step: its number, from 1.
+        groups: for each student layer after the step, the teacher layers that it stands for.
+        loss: calibration loss after the step, nats a token, on the monitored windows.
+        kl: KL(teacher ‖ student) there, nats a token.
+        seconds: from the start of the step's calibration pass to the end of its surgery.
+        peak_gib: peak memory of the process (or the CUDA device) in that time.
+    """
+
+    kind: Literal["drop", "merge"]
+    layers: list[int]
+    ratio: list[float] | None = None
+    kept: list[Kept] | None = None
+    norm: surgery.Norm | None = None
+    scores: dict[str, list[float | None]] = field(default_factory=dict)
+    step: int = 0
+    groups: list[list[int]] = field(default_factory=list)
+    loss: float | None = None
+    kl: float | None = None
+    seconds: float = 0.0
+    peak_gib: float = 0.0
+
+    def to_json(self) -> str:
+        entry = asdict(self)
+        if self.kept is not None:
+            entry["kept"] = [{"kv_heads": list(k.kv_heads), "neurons": _to_hex(k.neurons)} for k in self.kept]
+        entry["scores"] = {name: [_tidy(v) for v in values] for name, values in self.scores.items()}
+        entry |= {name: _tidy(entry[name]) for name in ("loss", "kl")}
+        entry |= {name: round(entry[name], 4) for name in ("seconds", "peak_gib")}
+        order = ["step", "kind", "layers", "ratio", "loss", "kl", "seconds", "peak_gib", "groups", "norm"]
+        return json.dumps({k: entry[k] for k in [*order, "scores", "kept"]}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, line: str) -> Step:
+        entry = json.loads(line)
+        if entry.get("kept") is not None:
+            entry["kept"] = [Kept(tuple(k["kv_heads"]), _from_hex(k["neurons"])) for k in entry["kept"]]
+        return cls(**entry)
+
+
+def _to_hex(indices: Sequence[int]) -> str:
+    """Bit i of the number is set where neuron i is kept: a quarter of a character a neuron."""
+    mask = 0
+    for index in indices:
+        mask |= 1 << index
+    return format(mask, "x")
+
+
+def _from_hex(mask: str) -> tuple[int, ...]:
+    bits = format(int(mask, 16), "b")[::-1]
+    return tuple(i for i, bit in enumerate(bits) if bit == "1")
+
+
+def _tidy(value: float | None) -> float | None:
+    """Eight significant digits: rounding of sums over processes must not show."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.8g}")
+
+
+class Record:
+    """The steps of a run and its file.
+
+    Args:
+        teacher_layers: depth of the dense model.
+        path: `record.jsonl`; None keeps the record in memory only.
+    """
+
+    def __init__(self, teacher_layers: int, path: Path | None = None):
+        self.teacher_layers, self.path = teacher_layers, path
+        self.steps: list[Step] = []
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """For each student layer, the teacher layers that it stands for."""
+        return self.steps[-1].groups if self.steps else [[i] for i in range(self.teacher_layers)]
+
+    @property
+    def layers(self) -> int:
+        return len(self.groups)
+
+    def append(self, step: Step) -> None:
+        """Numbers the step and works out its groups."""
+        step.step, step.groups = len(self.steps) + 1, groups_after(self.groups, step)
+        self.steps.append(step)
+
+    def write(self) -> None:
+        if self.path is not None:
+            write_atomically(self.path, "".join(step.to_json() + "\n" for step in self.steps))
+
+    @classmethod
+    def read(cls, path: Path, teacher_layers: int) -> Record:
+        """Raises RecordError: a line that is not a step, or steps that do not follow from each other."""
+        record = cls(teacher_layers, path)
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            try:
+                step = Step.from_json(line)
+            except (ValueError, TypeError, KeyError) as error:
+                raise RecordError(f"{path} line {number} is not a step of a record ({error})") from None
+            stored = step.groups
+            try:
+                record.append(step)
+            except (IndexError, ValueError):
+                stored = []
+            if step.groups != stored or step.step != number:
+                raise RecordError(
+                    f"{path} line {number}: its groups do not follow from the steps before it on a model of "
+                    f"{teacher_layers} layers; the record belongs to another model or was edited"
+                )
+        return record
+
+
+def groups_after(groups: Sequence[Sequence[int]], step: Step) -> list[list[int]]:
+    """Groups after a step: merged layers' groups join; a dropped layer's joins the layer before it, or the one after
+    it if it was the first."""
+    after = [list(group) for group in groups]
+    first, last = step.layers[0], step.layers[-1]
+    if last >= len(after) or list(step.layers) != list(range(first, last + 1)):
+        raise ValueError(f"layers {step.layers} are not adjacent layers of {len(after)}")
+    if step.kind == "drop":
+        first, last = (first - 1, last) if first > 0 else (0, last + 1)
+    return [*after[:first], sum(after[first : last + 1], []), *after[last + 1 :]]
+
+
+def apply(step: Step, student: Decoder, layer: nn.Module | None = None) -> None:
+    """Do a step to a student. `layer` is the merged layer if it is already built."""
+    if step.kind == "drop":
+        for index in reversed(step.layers):
+            surgery.drop(student, index)
+        return
+    assert step.ratio is not None and step.kept is not None and step.norm is not None, "a merge says what it keeps"
+    layers = [student.layers[i] for i in step.layers]
+    layer = layer or surgery.concatenate(student, layers, step.kept, step.ratio, step.norm)
+    main = step.layers[surgery.dominant(step.ratio)]
+    surgery.replace_span(student, step.layers[0], len(step.layers), layer, main)
+
+
+def replay(record: Record, dense: Any) -> Any:
+    """The pruned model of a record; shares the untouched layers of `dense`, which stays whole.
+
+    Raises:
+        RecordError: the record was made on a model of another depth.
+    """
+    if len(Decoder(dense)) != record.teacher_layers:
+        raise RecordError(f"the record is of a model of {record.teacher_layers} layers, not {len(Decoder(dense))}")
+    model = surgery.share(dense)
+    student = Decoder(model)
+    for step in record.steps:
+        apply(step, student)
+    return model
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside, fsync, rename: a reader sees the old file or the new one, never half of one."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything whose change could change a result."""
+    names = ["come_pl", "torch", "lightning", "transformers", "datasets", "torchmetrics", "tokenizers", "safetensors"]
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+class Meter:
+    """Seconds and peak GiB since it was made, of the process or, on CUDA, of the device's allocator.
+
+    The kernel's high-water mark is reset where it can be (Linux); elsewhere the peak is that of the whole process so
+    far.
+    """
+
+    def __init__(self, device: torch.device | None = None):
+        self.device = device if device is not None and device.type == "cuda" else None
+        if self.device is not None:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            try:
+                Path("/proc/self/clear_refs").write_text("5")
+            except OSError:
+                pass
+        self.begin = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.begin
+
+    @property
+    def peak_gib(self) -> float:
+        if self.device is not None:
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        try:
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM"):
+                    return int(line.split()[1]) / 2**20
+        except OSError:
+            pass
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**30 if sys.platform == "darwin" else 2**20)

@@ -1,0 +1,210 @@
+"""What is read off a model while text runs through it.
+
+Forward hooks, always removed again, and accumulators (torchmetrics, so that they reduce over ranks). Accumulators sum
+each window in fp32 and the windows in fp64, so that the result does not depend on how windows are spread over batches
+or processes. Padding never enters: every sum is weighted by a mask (batch, seq).
+
+Indexing: boundary b is the stream before layer b; boundary L is the stream after the last layer, before the final norm.
+(`hidden_states[-1]` of transformers is after the final norm and is not used.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from come_pl.decoder import Decoder
+
+LOGIT_CHUNK_BYTES = 64 * 2**20  # of fp32 logits held at once
+
+
+def _stream_of(args: tuple, kwargs: dict) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+@contextlib.contextmanager
+def boundaries(decoder: Decoder, start: int = 0) -> Iterator[dict[int, Tensor]]:
+    """Collects the stream (batch, seq, hidden) at every boundary from `start` on, in the forward run inside."""
+    found: dict[int, Tensor] = {}
+    handles = []
+    layers = decoder.layers
+    for index in range(start, len(layers)):
+
+        def before(module: nn.Module, args: tuple, kwargs: dict, index: int = index) -> None:
+            found[index] = _stream_of(args, kwargs)
+
+        handles.append(layers[index].register_forward_pre_hook(before, with_kwargs=True))
+
+    def after(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        found[len(layers)] = output if isinstance(output, Tensor) else output[0]
+
+    handles.append(layers[-1].register_forward_hook(after))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def projection_inputs(decoder: Decoder, start: int, seen: Callable[[str, int, Tensor], None]) -> Iterator[None]:
+    """Calls `seen("attention" | "mlp", layer, x)` with the input x (batch, seq, channels; OPT: batch·seq, channels) of
+    the output projections of every layer from `start` on, while the forward runs."""
+    handles = []
+    for index in range(start, len(decoder)):
+        layer = decoder.layers[index]
+        for kind, path in (("attention", decoder.family.attention_output), ("mlp", decoder.family.mlp_output)):
+
+            def before(module: nn.Module, args: tuple, kind: str = kind, index: int = index) -> None:
+                seen(kind, index, args[0])
+
+            handles.append(decoder.part(layer, path).register_forward_pre_hook(before))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class LayerStatistics(Metric):
+    """CoMe's statistics of every layer, from one pass over the calibration windows.
+
+    After `compute()` (which sums over ranks):
+
+    * `intensity["attention" | "mlp"]` (layers, channels): mean over tokens of |x_c|, x the input of the output
+      projection.
+    * `block_influence` (layers,): mean over tokens of 1 − clamp(cos(h_l, h_{l+1}), 0, 1) (ShortGPT; CoMe).
+    * `span_last`, `span_all` (layers − span + 1,): mean of arccos(cos(h_l, h_{l+span})) / π over the last token of each
+      window, over all tokens.
+
+    Args:
+        layers: depth of the student.
+        span: number of layers a span covers (CoMe's `merge_item`).
+        channels: width of the inputs of attention and MLP output projections; None: no intensity is collected.
+    """
+
+    full_state_update = False
+
+    def __init__(self, layers: int, span: int = 2, channels: tuple[int, int] | None = None):
+        super().__init__(sync_on_compute=True)
+        self.depth, self.span, self.channels = layers, span, channels
+        attention, mlp = channels or (0, 0)
+        shapes = {
+            "sum_attention": (layers, attention),
+            "sum_mlp": (layers, mlp),
+            "sum_influence": (layers,),
+            "sum_span_last": (layers + 1,),  # by the boundary where the span ends
+            "sum_span_all": (layers + 1,),
+            "windows": (),
+            "tokens": (),
+        }
+        self.set_dtype(torch.float64)
+        for name, shape in shapes.items():
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def carry(self, depth: int, start: int) -> LayerStatistics:
+        """Statistics for a student of `depth` layers, of which those below `start` are unchanged: their sums are
+        kept, all others are zero."""
+        fresh = LayerStatistics(depth, self.span, self.channels).to(self.tokens.device)
+        for name in ("sum_attention", "sum_mlp", "sum_influence"):
+            getattr(fresh, name)[:start] = getattr(self, name)[:start]
+        for name in ("sum_span_last", "sum_span_all"):
+            getattr(fresh, name)[: start + 1] = getattr(self, name)[: start + 1]
+        return fresh
+
+    def add_channels(self, kind: str, layer: int, x: Tensor, mask: Tensor) -> None:
+        """x: (batch, seq, channels) or (batch·seq, channels); mask: (batch, seq)."""
+        x = x.reshape(*mask.shape, -1).abs().float()
+        per_window = torch.einsum("bs,bsc->bc", mask.float(), x)
+        getattr(self, f"sum_{kind}")[layer] += per_window.to(self.tokens.dtype).sum(0)
+
+    def update(self, states: dict[int, Tensor], mask: Tensor, start: int = 0) -> None:
+        """Adds a batch.
+
+        Args:
+            states: boundary → (batch, seq, hidden), at least all from `start` on and those that a span ending above
+                `start` begins at.
+            mask: (batch, seq), True where a token counts.
+            start: lowest layer that ran; statistics below it are left alone.
+        """
+        precise = self.tokens.dtype
+        weight = mask.to(precise)
+        last = _last_token(mask)
+        has_tokens = mask.any(1).to(precise)
+        self.tokens += weight.sum()
+        self.windows += has_tokens.sum()
+        for boundary in range(start + 1, self.depth + 1):
+            here = states[boundary].float()
+            cosine = F.cosine_similarity(states[boundary - 1].float(), here, dim=-1).to(precise)
+            self.sum_influence[boundary - 1] += ((1 - cosine.clamp(0, 1)) * weight).sum()
+            if boundary >= self.span:
+                cosine = F.cosine_similarity(states[boundary - self.span].float(), here, dim=-1).to(precise)
+                distance = cosine.clamp(-1, 1).arccos() / math.pi
+                self.sum_span_all[boundary] += (distance * weight).sum()
+                self.sum_span_last[boundary] += (distance.gather(1, last[:, None]).squeeze(1) * has_tokens).sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        tokens, windows = self.tokens.clamp(min=1), self.windows.clamp(min=1)
+        result = {
+            "block_influence": self.sum_influence / tokens,
+            "span_all": self.sum_span_all[self.span :] / tokens,
+            "span_last": self.sum_span_last[self.span :] / windows,
+            "tokens": self.tokens,
+        }
+        if self.channels:
+            result |= {"attention": self.sum_attention / tokens, "mlp": self.sum_mlp / tokens}
+        return {name: value.detach().clone() for name, value in result.items()}
+
+
+def _last_token(mask: Tensor) -> Tensor:
+    """Index of the last counted token of each row (batch,); 0 for a row without any."""
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    return (positions * mask).argmax(1)
+
+
+def _chunks(decoder: Decoder, batch: int, seq: int) -> Iterator[slice]:
+    vocabulary = decoder.model.get_output_embeddings().weight.shape[0]
+    size = max(1, LOGIT_CHUNK_BYTES // (4 * vocabulary * batch))
+    for begin in range(0, seq, size):
+        yield slice(begin, min(begin + size, seq))
+
+
+def targets_of(mask: Tensor) -> Tensor:
+    """(batch, seq − 1): True where position t+1 is a real token predicted from a real token t."""
+    return mask[:, 1:] & mask[:, :-1]
+
+
+def token_losses(decoder: Decoder, hidden: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
+    """Negative log-likelihood (nats) of each next token, (batch, seq − 1), 0 where nothing is predicted.
+
+    Logits exist for a slice of the sequence at a time.
+    """
+    counted = targets_of(mask)
+    batch, seq = counted.shape
+    losses = []
+    for part in _chunks(decoder, batch, seq):
+        logits = decoder.logits(hidden[:, :-1][:, part]).float()
+        losses.append(F.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:][:, part], reduction="none"))
+    return torch.cat(losses, 1) * counted
+
+
+def token_divergences(student: Decoder, hidden: Tensor, teacher: Decoder, teacher_hidden: Tensor) -> Tensor:
+    """KL(teacher ‖ student) of the next-token distributions in nats, (batch, seq), from final hidden states."""
+    batch, seq = hidden.shape[:2]
+    divergences: list[Tensor] = []
+    for part in _chunks(student, 2 * batch, seq):
+        log_student = student.logits(hidden[:, part]).float().log_softmax(-1)
+        log_teacher = teacher.logits(teacher_hidden[:, part]).float().log_softmax(-1)
+        divergences.append((log_teacher.exp() * (log_teacher - log_student)).sum(-1))
+    return torch.cat(divergences, 1)
+
+
+def states_for(found: dict[int, Tensor], below: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Boundaries of a suffix pass together with those kept from before (`below[b]` is boundary b)."""
+    return dict(enumerate(below)) | found
