@@ -121,7 +121,7 @@ def _finding(steps: Sequence[Step], final: State, run: dict[str, Any], dense: in
         if len(numbers) == 2:  # no-break spaces keep the comparison on one line
             was, now = (f"{v:,.{0 if v >= 1000 else 1}f}" for v in numbers)
             change = f"perplexity {was} → {now} ({numbers[1] / numbers[0]:,.1f}×) on {data}"
-            return title + " · " + change.replace(" ", "\u00a0")
+            return title + "\u00a0· " + change.replace(" ", "\u00a0")
     return title
 
 
@@ -179,7 +179,7 @@ def merge_map(run_dir: Path, path: Path | None = None) -> Path:
             if index in merged:
                 span = share * (width - bar - 0.45)
                 texts = (f"{teacher}: {100 * share:.0f}%", str(teacher), "")
-                fits = next(text for text in texts if len(text) * size * 0.0085 + 0.04 <= span or not text)
+                fits = next(text for text in texts if len(text) * size * 0.0082 + 0.03 <= span or not text)
                 block(x, top + index * pitch, max(span - 0.02, 0.005), tint, fits)
                 x += span
             low = end
@@ -246,7 +246,7 @@ def _heat(axes: Axes, legend: Axes, key: str, grid: np.ndarray, steps: Sequence[
     axes.set_title(name, loc="left", size=10.5, weight="bold", color=INK, pad=19)
     axes.annotate(note, (0, 1), (0, 5), "axes fraction", textcoords="offset points", size=8.5, color=SOFT)
     axes.spines[:].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(15, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(16, integer=True, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     legend.tick_params(labelsize=8.5, color=SOFT, labelcolor=INK)
     ticks = LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)) if log else None
@@ -288,7 +288,7 @@ def importance(run_dir: Path, path: Path | None = None) -> Path:
         axes.annotate(f"{values[-1]:.3g}", (left[-1], values[-1]), (0, 7), "data", "offset points", ha="center", size=9)
         axes.set_title(name, loc="left", size=10.5, weight="bold", color=INK)
         axes.set(xlabel="layers left", ylabel="nats / token", xlim=(max(left) + 0.5, min(left) - 0.5), ymargin=0.22)
-        axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
         axes.grid(axis="y", color=PALE)
     if not grids and not costs:
         words = "The run's steps hold no per-layer scores, calibration loss or KL: nothing to draw here."

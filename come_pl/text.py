@@ -6,9 +6,6 @@ A source is named in one of three ways:
 - a name of :data:`SOURCES`, read from the Hugging Face Hub: ``wiki2``, ``c4``, ``pg19``, ``bookcorpus``, ...;
 - a path: a ``.txt``/``.raw``/``.md``, ``.jsonl`` or ``.parquet`` file, or a folder of such files. A local file is
   read whole for whichever split is asked, so keeping calibration and evaluation files apart is the caller's care.
-
->>> from come_pl.text import iter_documents
->>> first = next(iter_documents("embedded", "calibration"))
 """
 
 import ast
@@ -22,7 +19,7 @@ import socket
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -30,18 +27,31 @@ from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 Split = Literal["calibration", "distillation", "evaluation"]
+SPLITS = get_args(Split)
 Row = Mapping[str, Any]
 
 TEXT_SUFFIXES = (".txt", ".raw", ".md")
 FILE_SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet")
-TEXT_COLUMNS = ("text", "content")
-INSTRUCTION_COLUMNS = (("instruction", "input", "output"), ("prompt", "completion"), ("prompt", "response"))
+TEXT_COLUMNS = ("text",), ("content",), ("instruction", "input", "output"), ("prompt", "completion")
 PIECE_CHARS = 100_000  # a large text file is read in pieces of about this size
-REACH_SECONDS = 3.0
 
 # Folders of the standard library without prose of their own: tests, bundled wheels, code tables.
 _SKIPPED_FOLDERS = frozenset(
-    ["site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "encodings", "lib-dynload", "_bundled", "pydoc_data", "__pycache__"]
+    [
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idle_test",
+        "idlelib",
+        "lib2to3",
+        "turtledemo",
+        "encodings",
+        "lib-dynload",
+        "_bundled",
+        "pydoc_data",
+        "__pycache__",
+    ]
 )
 _DOCSTRING_CHARS = 200  # shorter docstrings are one-line summaries, not prose
 _PARAGRAPH_CHARS = 40  # shorter paragraphs ("Example:") repeat without leaking text between splits
@@ -54,27 +64,16 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset of the Hugging Face Hub.
+    """A dataset of the Hugging Face Hub."""
 
-    Attributes:
-        name: What the command line calls it.
-        path: Repository on the Hub.
-        splits: Hub split (or slice of it) that each of our splits reads; a split left out is refused.
-        text: Column that holds the text, or a function from a row to its text.
-        config: Configuration name on the Hub.
-        data_files: Files to read instead of the whole repository, by hub split.
-        separator: What stands between two rows when they are joined into one text.
-        streaming: Read rows over the network as they are needed, for corpora too large to download.
-    """
-
-    name: str
-    path: str
-    splits: Mapping[Split, str]
-    text: str | Callable[[Row], str] = "text"
+    name: str  # what the command line calls it
+    path: str  # repository on the Hub
+    splits: Mapping[Split, str]  # hub split (or slice of it) that each of our splits reads; one left out is refused
+    text: str | Callable[[Row], str] = "text"  # column of the text, or a function from a row to its text
     config: str | None = None
-    data_files: Mapping[str, str] | None = None
-    separator: str = "\n\n"
-    streaming: bool = False
+    data_files: dict[str, str] | None = None  # files to read instead of the whole repository, by hub split
+    separator: str = "\n\n"  # between two rows when they are joined into one text
+    streaming: bool = False  # rows come over the network as they are needed: too large to download
 
     def row_text(self, row: Row) -> str:
         return self.text(row) if callable(self.text) else row[self.text]
@@ -94,11 +93,8 @@ _C4: dict[Split, str] = {**_TRAIN_TEST, "evaluation": "validation"}
 _C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 _BOOKS: dict[Split, str] = {"calibration": "train", "distillation": "train"}  # the Hub has no other split
 # One split on the Hub: cut so that our three never share a row.
-_ALPACA: dict[Split, str] = {
-    "calibration": "train[:10%]",
-    "distillation": "train[10%:90%]",
-    "evaluation": "train[90%:]",
-}
+_TENTH, _REST, _LAST = "train[:10%]", "train[10%:90%]", "train[90%:]"
+_ALPACA: dict[Split, str] = {"calibration": _TENTH, "distillation": _REST, "evaluation": _LAST}
 # Never the test split for calibration: it is what the benchmark reports.
 _MMLU: dict[Split, str] = {"calibration": "validation", "distillation": "auxiliary_train", "evaluation": "test"}
 
@@ -126,9 +122,6 @@ def iter_documents(name_or_path: str, split: Split, *, lines: bool = False) -> I
         lines: Count as the official toolkits do: a document is a non-empty line of a text file, a paragraph of the
             embedded text, a non-empty row elsewhere. Otherwise a text file is one document.
 
-    Returns:
-        An iterator over the texts, read as it advances.
-
     Raises:
         DataError: Unknown name or split (at once), or a file or dataset that cannot be read (when reached).
     """
@@ -138,15 +131,12 @@ def iter_documents(name_or_path: str, split: Split, *, lines: bool = False) -> I
         return (row for row in rows if row.strip()) if lines else rows
     if isinstance(source, Path):
         return (text for file in _files(source) for text in _file_documents(file, lines))
-    texts: Iterable[str] = embedded_documents(split)
-    return (p for text in texts for p in text.split("\n\n")) if lines else iter(texts)
+    texts = embedded_documents(split)
+    return (paragraph for text in texts for paragraph in text.split("\n\n")) if lines else iter(texts)
 
 
 def iter_text(name_or_path: str, split: Split) -> Iterator[str]:
-    """The source as one running text, in pieces: joining them with ``""`` gives documents and separators in order.
-
-    It never holds a large text file whole.
-    """
+    """The source as one running text, in pieces (documents and separators) that never hold a large text file whole."""
     source = _resolve(name_or_path, split)
     if isinstance(source, Source):
         return _joined(([text] for text in _hub_documents(source, split)), source.separator)
@@ -171,8 +161,8 @@ def _joined(documents: Iterable[Iterable[str]], separator: str = "\n\n") -> Iter
 
 def _resolve(name_or_path: str, split: Split) -> Source | Path | None:
     """The hub source or path that a name means; ``None`` for the embedded text."""
-    if split not in get_args(Split):
-        raise DataError(f"split {split!r} is unknown: expected one of {', '.join(get_args(Split))}")
+    if split not in SPLITS:
+        raise DataError(f"split {split!r} is unknown: expected one of {', '.join(SPLITS)}")
     name = ALIASES.get(name_or_path, name_or_path)
     if name == "embedded":
         return None
@@ -224,12 +214,10 @@ def _embedded() -> dict[str, str]:
 
 
 def _topics() -> Iterator[tuple[str, str]]:
-    try:
+    with suppress(ImportError):  # some distributions package it apart
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions package it apart
-        return
-    for name in sorted(topics):
-        yield f"topic/{name}", topics[name]
+
+        yield from ((f"topic/{name}", topics[name]) for name in sorted(topics))
 
 
 def _module_docstrings() -> Iterator[tuple[str, str]]:
@@ -277,19 +265,14 @@ def _hub_rows(source: Source, split: Split) -> Iterable[Row]:
     with _quick_offline(not online):
         from datasets import load_dataset  # type: ignore[import-untyped]  # slow to import, and only hub sources need it
 
-        return load_dataset(
-            source.path,
-            source.config,
-            data_files=dict(source.data_files) if source.data_files else None,
-            split=source.splits[split],
-            streaming=source.streaming and online,
-        )
+        reading: dict[str, Any] = {"split": source.splits[split], "streaming": source.streaming and online}
+        return load_dataset(source.path, source.config, data_files=source.data_files, **reading)
 
 
-def hub_reachable(seconds: float = REACH_SECONDS) -> bool:
+def hub_reachable(seconds: float = 3.0) -> bool:
     """Whether the Hub (or the proxy in front of it) accepts a connection within ``seconds``."""
-    offline = (os.environ.get(name, "").upper() for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))
-    if any(value in {"1", "ON", "YES", "TRUE"} for value in offline):
+    offline = {os.environ.get(name, "").upper() for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}
+    if offline & {"1", "ON", "YES", "TRUE"}:
         return False
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     proxies = [os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")]
@@ -405,10 +388,7 @@ def _row_text(row: Row, where: str) -> str:
 def _text_columns(names: Iterable[str], where: str) -> tuple[str, ...]:
     """The columns whose values, joined, are a row's text."""
     present = list(names)
-    for column in TEXT_COLUMNS:
-        if column in present:
-            return (column,)
-    for columns in INSTRUCTION_COLUMNS:
+    for columns in TEXT_COLUMNS:
         if columns[0] in present and columns[-1] in present:
             return tuple(column for column in columns if column in present)
     raise DataError(

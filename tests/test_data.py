@@ -184,11 +184,9 @@ def test_text_in_many_pieces_is_cut_as_one(
 
 
 def test_seed_decides(counting: str, tokenizer: PreTrainedTokenizerFast):
-    prints = [
-        token_windows(counting, tokenizer, split="calibration", tokens=640, seqlen=64, seed=seed).fingerprint
-        for seed in (0, 0, 1)
-    ]
-    assert prints[0] == prints[1] != prints[2]
+    settings: dict = {"split": "calibration", "tokens": 640, "seqlen": 64}
+    a, b, c = (token_windows(counting, tokenizer, seed=seed, **settings).fingerprint for seed in (0, 0, 1))
+    assert a == b != c
 
 
 def test_embedded_is_the_same_in_another_process():
@@ -240,10 +238,7 @@ def test_too_little_text(counting: str, tokenizer: PreTrainedTokenizerFast, tmp_
         token_windows(str(tmp_path / "empty.txt"), tokenizer, split="evaluation", tokens=8, seqlen=8)
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [{"tokens": 3}, {"seqlen": 0}, {"seqlen": -1}, {"nsamples": 0}, {"tokens": 8, "seqlen": 1, "bos": True}],
-)
+@pytest.mark.parametrize("bad", [{"tokens": 3}, {"seqlen": 0}, {"nsamples": 0}, {"seqlen": 1, "bos": True}])
 def test_bad_settings(bad: dict, counting: str, tokenizer: PreTrainedTokenizerFast):
     with pytest.raises(DataError):
         token_windows(counting, tokenizer, **{"split": "calibration", "tokens": 8, "seqlen": 4, **bad})

