@@ -30,7 +30,8 @@ def pruned_card(info: Mapping[str, Any], record: Record) -> str:
         f"# {PRETTY_NAMES.get(path, path)}, {model['layers']} → {record.layers} layers",
         "",
         f"Made shallower by `come_pl` with the method `{method['name']}`{f' ({options})' if options else ''}: {done}.",
-        f"Calibrated on {data['tokens']} tokens of `{data['source']}` (windows of {data['seqlen']}), seed {info['seed']}.",
+        f"Calibrated on {data['tokens']} tokens of `{data['source']}` "
+        f"(windows of {data['seqlen']}), seed {info['seed']}.",
         "It is a stock checkpoint: same architecture, fewer layers, no custom code.",
         "",
         "| held-out text | tokens | dense perplexity | this model |",

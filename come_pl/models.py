@@ -147,12 +147,13 @@ def load_model(name: str, dtype: str = "auto") -> Any:
     load_config(name)
     logging.disable_progress_bar()
     with _reading(name):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             where.path,
             dtype=resolve_dtype(dtype, torch.cuda.is_available()),
             output_loading_info=True,
             **where.kwargs,
         )
+        model, info = loaded
     if info["missing_keys"]:
         some = ", ".join(sorted(info["missing_keys"])[:3])
         raise ModelError(f"model {name!r} lacks weights ({some} …) that its config asks for; it would be part random")
@@ -226,7 +227,7 @@ def save_model(model: Any, folder: Path, tokenizer: Any = None, card: str | None
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         # safetensors reports a full disk as its own error, not as an OSError
-        if isinstance(error, OSError) or "No space left" in str(error) or "Io" in type(error).__name__ + str(error):
+        if isinstance(error, OSError) or "I/O error" in str(error):
             raise ModelError(
                 f"cannot save the model to {folder}: {error}; free space or give another --output"
             ) from error

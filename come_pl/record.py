@@ -6,6 +6,7 @@ after every step, as JSON lines, beside the old file and then renamed over it, s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -76,9 +77,16 @@ class Step:
     @classmethod
     def from_json(cls, line: str) -> Step:
         entry = json.loads(line)
+        if not isinstance(entry, dict):
+            raise ValueError("not an object")
         if entry.get("kept") is not None:
             entry["kept"] = [Kept(tuple(k["kv_heads"]), _from_hex(k["neurons"])) for k in entry["kept"]]
-        return cls(**entry)
+        step = cls(**entry)
+        if step.kind not in ("drop", "merge"):
+            raise ValueError(f"kind {step.kind!r}")
+        if step.kind == "merge" and None in (step.ratio, step.kept, step.norm):
+            raise ValueError("a merge without ratio, kept or norm")
+        return step
 
 
 def _to_hex(indices: Sequence[int]) -> str:
@@ -133,17 +141,21 @@ class Record:
     def read(cls, path: Path, teacher_layers: int) -> Record:
         """Raises RecordError: a line that is not a step, or steps that do not follow from each other."""
         record = cls(teacher_layers, path)
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise RecordError(f"{path} is not a text file; expected the record.jsonl of a run") from None
+        for number, line in enumerate(lines, 1):
             try:
                 step = Step.from_json(line)
             except (ValueError, TypeError, KeyError) as error:
                 raise RecordError(f"{path} line {number} is not a step of a record ({error})") from None
-            stored = step.groups
+            stored, stored_number = step.groups, step.step
             try:
                 record.append(step)
-            except (IndexError, ValueError):
+            except (IndexError, TypeError, ValueError):
                 stored = []
-            if step.groups != stored or step.step != number:
+            if step.groups != stored or stored_number != number:
                 raise RecordError(
                     f"{path} line {number}: its groups do not follow from the steps before it on a model of "
                     f"{teacher_layers} layers; the record belongs to another model or was edited"
@@ -156,9 +168,13 @@ def groups_after(groups: Sequence[Sequence[int]], step: Step) -> list[list[int]]
     it if it was the first."""
     after = [list(group) for group in groups]
     first, last = step.layers[0], step.layers[-1]
-    if last >= len(after) or list(step.layers) != list(range(first, last + 1)):
+    if first < 0 or last >= len(after) or list(step.layers) != list(range(first, last + 1)):
         raise ValueError(f"layers {step.layers} are not adjacent layers of {len(after)}")
+    if step.kind == "merge" and len(step.layers) < 2:
+        raise ValueError("a merge takes at least two layers")
     if step.kind == "drop":
+        if len(step.layers) == len(after):
+            raise ValueError("a drop must leave a layer")
         first, last = (first - 1, last) if first > 0 else (0, last + 1)
     return [*after[:first], sum(after[first : last + 1], []), *after[last + 1 :]]
 
@@ -180,14 +196,17 @@ def replay(record: Record, dense: Any) -> Any:
     """The pruned model of a record; shares the untouched layers of `dense`, which stays whole.
 
     Raises:
-        RecordError: the record was made on a model of another depth.
+        RecordError: the record was made on a model of another depth or shape.
     """
     if len(Decoder(dense)) != record.teacher_layers:
         raise RecordError(f"the record is of a model of {record.teacher_layers} layers, not {len(Decoder(dense))}")
     model = surgery.share(dense)
     student = Decoder(model)
     for step in record.steps:
-        apply(step, student)
+        try:
+            apply(step, student)
+        except (IndexError, ValueError) as error:
+            raise RecordError(f"step {step.step} of the record does not fit this model: {error}") from error
     return model
 
 
@@ -229,10 +248,8 @@ class Meter:
         if self.device is not None:
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
-            try:
+            with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")
-            except OSError:
-                pass
         self.begin = time.perf_counter()
 
     @property

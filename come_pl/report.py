@@ -91,7 +91,8 @@ def _save(figure: Figure, path: Path, title: str, description: str) -> Path:
 def _wrap(text: str, width: float) -> list[str]:
     """Lines no longer than width, and about as long as each other."""
     count = max(len(textwrap.wrap(text, int(width))), 1)
-    return textwrap.wrap(text, min(int(width), int(1.12 * len(text) / count) + 6), break_on_hyphens=False)
+    evenly = min(int(width), int(1.12 * len(text) / count) + 6)
+    return textwrap.wrap(text, evenly, break_on_hyphens=False, break_long_words=False)
 
 
 def _plural(number: int, word: str) -> str:
@@ -120,7 +121,7 @@ def _finding(steps: Sequence[Step], final: State, run: dict[str, Any], dense: in
         numbers = [float(v) for v in pair if isinstance(v, int | float) and v > 0]
         if len(numbers) == 2:  # no-break spaces keep the comparison on one line
             was, now = (f"{v:,.{0 if v >= 1000 else 1}f}" for v in numbers)
-            change = f"perplexity {was} → {now} ({numbers[1] / numbers[0]:,.1f}×) on {data}"
+            change = f"perplexity {was} → {now} ({numbers[1] / numbers[0]:,.1f}×) on {Path(data).name}"
             return title + "\u00a0· " + change.replace(" ", "\u00a0")
     return title
 

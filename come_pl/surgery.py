@@ -57,7 +57,7 @@ def reindex(decoder: Decoder, sources: Sequence[int]) -> None:
     for index, layer in enumerate(decoder.layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = index
+                module.layer_idx = index  # type: ignore[assignment]
     types = getattr(config, "layer_types", None)
     if types and hasattr(decoder.base, "has_sliding_layers"):
         decoder.base.has_sliding_layers = "sliding_attention" in types
@@ -139,21 +139,25 @@ def concatenate(
 
     def rows(indices: Sequence[Tensor], path: str, norm_path: str | None) -> None:
         target = decoder.part(new, path)
-        folds = _folds(decoder, layers, norm_path, main) if norm == "fold" and norm_path else None
-        weights, biases = [], []
-        for i, (layer, index) in enumerate(zip(layers, indices, strict=True)):
+        folds: list[tuple[Tensor, Tensor | None] | None] = [None] * len(layers)
+        if norm == "fold" and norm_path:
+            folds = _folds(decoder, layers, norm_path, main)
+        weights: list[Tensor] = []
+        biases: list[Tensor] = []
+        for layer, index, fold in zip(layers, indices, folds, strict=True):
             linear = decoder.part(layer, path)
             weight = linear.weight[index]
             bias = None if linear.bias is None else linear.bias[index]
-            if folds is not None and folds[i] is not None:
-                scale, shift = folds[i]
+            if fold is not None:
+                scale, shift = fold
                 if shift is not None:
                     if bias is None:
                         raise ValueError(f"norm 'fold' needs a bias in {path} to take the norm's bias; use 'dominant'")
                     bias = (bias.float() + weight.float() @ shift).to(weight.dtype)
                 weight = (weight.float() * scale).to(weight.dtype)
             weights.append(weight)
-            biases.append(bias)
+            if bias is not None:
+                biases.append(bias)
         target.weight.copy_(torch.cat(weights))
         if target.bias is not None:
             target.bias.copy_(torch.cat(biases))
@@ -213,7 +217,7 @@ def _folds(
     """
     gains = _gains(decoder, layers, path)
     common = _common_gain(gains, main)
-    biases = [getattr(decoder.part(layer, path), "bias", None) for layer in layers]
+    biases: list[Any] = [getattr(decoder.part(layer, path), "bias", None) for layer in layers]
     folds: list[tuple[Tensor, Tensor | None] | None] = []
     for gain, bias in zip(gains, biases, strict=True):
         scale = torch.where(common == 0, torch.ones_like(gain), gain / torch.where(common == 0, 1.0, common))

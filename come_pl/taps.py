@@ -21,7 +21,7 @@ from torchmetrics import Metric
 
 from come_pl.decoder import Decoder
 
-LOGIT_CHUNK_BYTES = 64 * 2**20  # of fp32 logits held at once
+LOGIT_CHUNK_BYTES = 16 * 2**20  # of fp32 logits held at once
 
 
 def _stream_of(args: tuple, kwargs: dict) -> Tensor:
@@ -81,26 +81,36 @@ class LayerStatistics(Metric):
       projection.
     * `block_influence` (layers,): mean over tokens of 1 − clamp(cos(h_l, h_{l+1}), 0, 1) (ShortGPT; CoMe).
     * `span_last`, `span_all` (layers − span + 1,): mean of arccos(cos(h_l, h_{l+span})) / π over the last token of each
-      window, over all tokens.
+      window, over all tokens. `span_last_N`, `span_all_N`: those of N layers, for N from 2 to span − 1.
 
     Args:
         layers: depth of the student.
-        span: number of layers a span covers (CoMe's `merge_item`).
+        span: number of layers a span covers (CoMe's `merge_item`). Shorter spans are measured too: the last step of a
+            run may have to remove fewer layers than the others.
         channels: width of the inputs of attention and MLP output projections; None: no intensity is collected.
     """
 
     full_state_update = False
 
+    sum_attention: Tensor
+    sum_mlp: Tensor
+    sum_influence: Tensor
+    sum_span_last: Tensor
+    sum_span_all: Tensor
+    windows: Tensor
+    tokens: Tensor
+
     def __init__(self, layers: int, span: int = 2, channels: tuple[int, int] | None = None):
         super().__init__(sync_on_compute=True)
         self.depth, self.span, self.channels = layers, span, channels
+        self.sizes = range(min(span, 2), span + 1)
         attention, mlp = channels or (0, 0)
         shapes = {
             "sum_attention": (layers, attention),
             "sum_mlp": (layers, mlp),
             "sum_influence": (layers,),
-            "sum_span_last": (layers + 1,),  # by the boundary where the span ends
-            "sum_span_all": (layers + 1,),
+            "sum_span_last": (layers + 1, len(self.sizes)),  # by the boundary where the span ends
+            "sum_span_all": (layers + 1, len(self.sizes)),
             "windows": (),
             "tokens": (),
         }
@@ -139,24 +149,36 @@ class LayerStatistics(Metric):
         has_tokens = mask.any(1).to(precise)
         self.tokens += weight.sum()
         self.windows += has_tokens.sum()
+        units: dict[int, Tensor] = {}
+
+        def cosine(first: int, second: int) -> Tensor:
+            for boundary in (first, second):
+                if boundary not in units:
+                    # fp64: near 1, where adjacent layers are, 1 − cos and arccos lose most digits of fp32
+                    units[boundary] = F.normalize(states[boundary].to(precise), dim=-1)
+            return torch.einsum("bsd,bsd->bs", units[first], units[second])
+
         for boundary in range(start + 1, self.depth + 1):
-            here = states[boundary].float()
-            cosine = F.cosine_similarity(states[boundary - 1].float(), here, dim=-1).to(precise)
-            self.sum_influence[boundary - 1] += ((1 - cosine.clamp(0, 1)) * weight).sum()
-            if boundary >= self.span:
-                cosine = F.cosine_similarity(states[boundary - self.span].float(), here, dim=-1).to(precise)
-                distance = cosine.clamp(-1, 1).arccos() / math.pi
-                self.sum_span_all[boundary] += (distance * weight).sum()
-                self.sum_span_last[boundary] += (distance.gather(1, last[:, None]).squeeze(1) * has_tokens).sum()
+            units.pop(boundary - self.span - 1, None)
+            influence = 1 - cosine(boundary - 1, boundary).clamp(0, 1)
+            self.sum_influence[boundary - 1] += (influence * weight).sum()
+            for column, size in enumerate(self.sizes):
+                if boundary >= size:
+                    distance = cosine(boundary - size, boundary).clamp(-1, 1).arccos() / math.pi
+                    self.sum_span_all[boundary, column] += (distance * weight).sum()
+                    at_last = distance.gather(1, last[:, None]).squeeze(1)
+                    self.sum_span_last[boundary, column] += (at_last * has_tokens).sum()
 
     def compute(self) -> dict[str, Tensor]:
         tokens, windows = self.tokens.clamp(min=1), self.windows.clamp(min=1)
         result = {
             "block_influence": self.sum_influence / tokens,
-            "span_all": self.sum_span_all[self.span :] / tokens,
-            "span_last": self.sum_span_last[self.span :] / windows,
             "tokens": self.tokens,
         }
+        for column, size in enumerate(self.sizes):
+            suffix = "" if size == self.span else f"_{size}"
+            result["span_all" + suffix] = self.sum_span_all[size:, column] / tokens
+            result["span_last" + suffix] = self.sum_span_last[size:, column] / windows
         if self.channels:
             result |= {"attention": self.sum_attention / tokens, "mlp": self.sum_mlp / tokens}
         return {name: value.detach().clone() for name, value in result.items()}
@@ -191,7 +213,8 @@ def token_losses(decoder: Decoder, hidden: Tensor, input_ids: Tensor, mask: Tens
     for part in _chunks(decoder, batch, seq):
         logits = decoder.logits(hidden[:, :-1][:, part]).float()
         losses.append(F.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:][:, part], reduction="none"))
-    return torch.cat(losses, 1) * counted
+    # not a product: what a padding position predicts may be NaN
+    return torch.cat(losses, 1).where(counted, 0.0)
 
 
 def token_divergences(student: Decoder, hidden: Tensor, teacher: Decoder, teacher_hidden: Tensor) -> Tensor:
@@ -203,6 +226,15 @@ def token_divergences(student: Decoder, hidden: Tensor, teacher: Decoder, teache
         log_teacher = teacher.logits(teacher_hidden[:, part]).float().log_softmax(-1)
         divergences.append((log_teacher.exp() * (log_teacher - log_student)).sum(-1))
     return torch.cat(divergences, 1)
+
+
+def attention_mask(mask: Tensor) -> Tensor | None:
+    """What the model gets: None for windows without padding, which keeps attention kernels on their fast path. A window
+    of weight zero (no token counts) is run as if it were whole."""
+    if bool(mask.all()):
+        return None
+    mask = mask | ~mask.any(1, keepdim=True)
+    return None if bool(mask.all()) else mask.long()
 
 
 def states_for(found: dict[int, Tensor], below: Sequence[Tensor]) -> dict[int, Tensor]:

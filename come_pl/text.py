@@ -37,21 +37,8 @@ PIECE_CHARS = 100_000  # a large text file is read in pieces of about this size
 
 # Folders of the standard library without prose of their own: tests, bundled wheels, code tables.
 _SKIPPED_FOLDERS = frozenset(
-    [
-        "site-packages",
-        "dist-packages",
-        "test",
-        "tests",
-        "idle_test",
-        "idlelib",
-        "lib2to3",
-        "turtledemo",
-        "encodings",
-        "lib-dynload",
-        "_bundled",
-        "pydoc_data",
-        "__pycache__",
-    ]
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "encodings"}
+    | {"lib-dynload", "_bundled", "pydoc_data", "__pycache__"}
 )
 _DOCSTRING_CHARS = 200  # shorter docstrings are one-line summaries, not prose
 _PARAGRAPH_CHARS = 40  # shorter paragraphs ("Example:") repeat without leaking text between splits

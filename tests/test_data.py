@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from come_pl import data as come_data
+from come_pl import windows as come_windows
 from come_pl.data import (
     CalibrationData,
     DistillationData,
@@ -166,7 +167,7 @@ def test_text_in_many_pieces_is_cut_as_one(
 ):
     whole = token_windows(counting, tokenizer, split="evaluation", tokens=1900, seqlen=19)
     calls: list[str] = []
-    chunks = come_data._chunks
+    chunks = come_windows._chunks
 
     def spy(pieces: Iterable[str], chars: int) -> Iterator[str]:
         for chunk in chunks(pieces, chars):
@@ -174,8 +175,8 @@ def test_text_in_many_pieces_is_cut_as_one(
             yield chunk
 
     monkeypatch.setattr("come_pl.text.PIECE_CHARS", 200)
-    monkeypatch.setattr("come_pl.data.CHUNK_CHARS", (300, 300))
-    monkeypatch.setattr("come_pl.data._chunks", spy)
+    monkeypatch.setattr("come_pl.windows.CHUNK_CHARS", (300, 300))
+    monkeypatch.setattr("come_pl.windows._chunks", spy)
     pieces = token_windows(counting, tokenizer, split="evaluation", tokens=1900, seqlen=19)
     assert pieces.fingerprint == whole.fingerprint and len(calls) > 10
     calls.clear()
@@ -320,7 +321,7 @@ def test_short_source_is_shared_out(counting: str, tokenizer: PreTrainedTokenize
 def test_stream_begins_again_and_is_dealt_to_ranks(counting: str, tokenizer: PreTrainedTokenizerFast):
     def stream(world: int, rank: int, start: int = 0, windows: int = 25) -> list[int]:
         data = come_data.StreamingWindows(
-            counting, "distillation", come_data.Cutter(tokenizer, 100), windows, 1, world, rank
+            counting, "distillation", come_windows.Cutter(tokenizer, 100), windows, 1, world, rank
         )
         data.start = start
         read = [int(item["input_ids"][0]) - FIRST for item in data]

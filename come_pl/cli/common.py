@@ -58,7 +58,7 @@ def quiet() -> None:
     """Silence what says nothing about the run."""
     for message in (
         ".*does not have many workers.*",
-        ".*`configure_optimizers` returned `None`.*",
+        ".*configure_optimizers. returned .None.*",
         ".*number of training batches.*smaller than the logging interval.*",
         ".*Experiment logs directory.*exists and is not empty.*",
         ".*torch.inference_mode.*",
@@ -90,23 +90,25 @@ def guarded(main: Callable[[], None]) -> None:
     except MisconfigurationException as error:
         _fail(str(error).splitlines()[0])
     except (ModelError, RunError, ArgumentError) as error:
-        _fail(str(error))
+        _fail(" ".join(str(error).split()))
     except OSError as error:
         if error.errno is None:
             raise
         _fail(f"{error.strerror}: {error.filename or 'while writing'}; free space or give another --output")
     except ValueError as error:
-        if not type(error).__module__.startswith("come_pl") and not _ours(error):
+        if not _about_settings(error):
             raise
         _fail(str(error))
 
 
-def _ours(error: ValueError) -> bool:
-    """Whether a plain ValueError was raised by a line of this package, not from inside a library."""
+def _about_settings(error: ValueError) -> bool:
+    """Whether an error was raised by a line of this package, or by Lightning reading the trainer's settings; what
+    comes from deeper inside a library is a defect and keeps its traceback."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
-    return frame is not None and frame.tb_frame.f_globals.get("__name__", "").startswith("come_pl")
+    module = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
+    return module.startswith(("come_pl", "lightning.pytorch.trainer"))
 
 
 def _fail(message: str) -> None:

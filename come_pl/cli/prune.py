@@ -98,8 +98,9 @@ def _prune() -> None:
         seed_everything_default=False,
         auto_configure_optimizers=False,
         parser_kwargs={
+            "exit_on_error": False,  # errors reach `guarded`, which says them in one line
             "usage": "prune.py [--method NAME] [--model.path PATH] [--target_layers N] [options]; see --help",
-            "description": "Make a causal language model shallower. Without arguments: the demo model, 30 to 21 layers.",
+            "description": "Make a causal language model shallower. Without arguments: the demo model, 30 → 21 layers.",
         },
         trainer_defaults={
             "max_epochs": -1,

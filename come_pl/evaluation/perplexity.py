@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from come_pl.decoder import Decoder
-from come_pl.taps import targets_of, token_losses
+from come_pl.taps import attention_mask, targets_of, token_losses
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,13 @@ def perplexity(
     """
     decoder = Decoder(model)
     device = next(model.parameters()).device
-    nats, count = 0.0, 0
+    nats = torch.zeros((), dtype=torch.float64, device=device)  # read once, at the end
+    count = int(targets_of(mask).sum())
     starts = range(0, len(input_ids), batch_size)
     for begin in tqdm(starts, desc=title, disable=not progress, leave=False, unit="batch"):
-        ids = input_ids[begin : begin + batch_size].to(device)
-        real = mask[begin : begin + batch_size].to(device)
-        attention = None if bool(real.all()) else real.long()
-        losses = token_losses(decoder, decoder.run(ids, attention), ids, real)
-        nats += float(losses.double().sum())
-        count += int(targets_of(real).sum())
-    mean = nats / max(count, 1)
+        ids, real = input_ids[begin : begin + batch_size].to(device), mask[begin : begin + batch_size]
+        attention = attention_mask(real)
+        hidden = decoder.run(ids, None if attention is None else attention.to(device))
+        nats += token_losses(decoder, hidden, ids, real.to(device)).sum(dtype=torch.float64)
+    mean = float(nats) / max(count, 1)
     return Perplexity(math.exp(min(mean, 700.0)), mean, count)

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.strategies import DDPStrategy
 
 from come_pl.pruning.methods.base import Method
-from come_pl.pruning.module import PruningModule
+from come_pl.pruning.module import NotFinite, PruningModule
 from come_pl.record import Meter, Record
 
 
@@ -37,6 +37,9 @@ class ProgressivePruning(Callback):
         record: Record = pl_module.record
         # compute() sums over processes, so each of them takes the same decision
         statistics = pl_module.statistics.compute() if pl_module.needs else {}
+        for name, value in statistics.items():
+            if not bool(value.isfinite().all()):
+                raise NotFinite(f"{name} of the calibration pass is not finite; the model overflows in this dtype")
         decision = self.method(pl_module, statistics, record, remove=record.layers - self.target_layers)
         step = decision.step
         pl_module.do(step, decision.layer)

@@ -16,6 +16,7 @@ from come_pl.record import Record, Step
 from come_pl.surgery import share
 from come_pl.taps import (
     LayerStatistics,
+    attention_mask,
     boundaries,
     projection_inputs,
     states_for,
@@ -40,7 +41,8 @@ class PruningModule(LightningModule):
         dtype: auto (the checkpoint's own on an accelerator, float32 on a CPU), float32, bfloat16 or float16.
         cache: Where the streams between layers are kept for the next pass: ram, or none (every pass runs all layers;
             less memory, the same result).
-        monitor: Number of calibration windows on which loss and KL(teacher || student) are measured after each step.
+        monitor: Number of calibration windows, rounded up to whole batches, on which loss and KL(teacher || student)
+            are measured after each step.
     """
 
     def __init__(
@@ -51,6 +53,8 @@ class PruningModule(LightningModule):
         monitor: int = 4,
     ):
         super().__init__()
+        if monitor < 1:
+            raise ValueError(f"monitor {monitor}: at least 1 window is measured after each step")
         self.save_hyperparameters()
         self.automatic_optimization = False
         self.path, self.dtype_name, self.cache, self.monitor_windows = path, dtype, cache, monitor
@@ -68,8 +72,9 @@ class PruningModule(LightningModule):
         self.needs, self.span = frozenset(needs), span
         self.start = 0  # lowest layer that the next pass runs
         self.batches: list[dict[str, Any]] = []
-        self._states: list[list[Tensor]] = []  # batch → boundary → (batch, seq, hidden)
+        self._states: list[Tensor | None] = []  # of each batch: (boundaries, batch, seq, hidden)
         self._teacher_final: dict[int, Tensor] = {}
+        self._targets: float | None = None  # predicted tokens of all processes
         self.statistics = self._fresh_statistics()
 
     def _fresh_statistics(self) -> LayerStatistics:
@@ -89,7 +94,7 @@ class PruningModule(LightningModule):
             if len(self.batches) <= batch_idx:
                 # asked once: `all()` waits for the device
                 self.batches.append(batch | {"attention": attention_mask(batch["mask"])})
-                self._states.append([])
+                self._states.append(None)
                 if self._monitored(batch_idx):
                     self._teacher_final[batch_idx] = self.teacher.run(*_inputs(self.batches[batch_idx]))
             if not self.needs:  # a method that looks at weights only
@@ -105,20 +110,28 @@ class PruningModule(LightningModule):
                         self._forward(batch_idx, self.start)
                 else:
                     self._forward(batch_idx, self.start)
-            states = states_for(found, [s.to(mask.device, non_blocking=True) for s in kept[: self.start + 1]])
-            self.statistics.update(states, mask, self.start)
+            below = [] if kept is None else [s.to(mask.device, non_blocking=True) for s in kept[: self.start + 1]]
+            self.statistics.update(states_for(found, below), mask, self.start)
             if self.cache != "none":
-                self._states[batch_idx] = [*kept[: self.start], *(self._keep(found[b]) for b in sorted(found))]
+                self._keep(batch_idx, found)
 
-    def _keep(self, state: Tensor) -> Tensor:
-        return state.to("cpu")
+    def _keep(self, batch_idx: int, found: dict[int, Tensor]) -> None:
+        """Copies the boundaries above the lowest that ran to the batch's store: one block, filled again in each pass,
+        because many small ones would leave the heap in pieces (twice the memory, measured with glibc)."""
+        store = self._states[batch_idx]
+        if store is None:
+            first = found[0]
+            store = torch.empty((len(self.student) + 1, *first.shape), dtype=first.dtype, device="cpu")
+            store[0] = first
+            self._states[batch_idx] = store
+        for boundary in range(self.start + 1, len(self.student) + 1):
+            store[boundary].copy_(found[boundary])
 
     def _forward(self, batch_idx: int, start: int, **arrangement: Any) -> Tensor:
         batch, kept = self.batches[batch_idx], self._states[batch_idx]
-        if self.cache == "none" or not kept:
-            start, hidden = 0, None
-        else:
-            hidden = kept[start] if start else None
+        if kept is None:
+            start = 0
+        hidden = kept[start] if kept is not None and start else None
         return self.student.run(*_inputs(batch), start=start, hidden=hidden, **arrangement)
 
     # -- what methods may ask for -----------------------------------------------------------------------------------
@@ -138,22 +151,22 @@ class PruningModule(LightningModule):
             start: lowest layer that differs from the student; layers below are not run.
             bound: a loss already found; once this one is sure to be above it, infinity is returned.
         """
-        total = torch.zeros(2, dtype=torch.float64)
-        tokens = float(self._sum(self._local_targets()))
+        if self._targets is None:
+            counts = [targets_of(batch["mask"]).sum(dtype=torch.float64) for batch in self.batches]
+            self._targets = max(float(self._sum(torch.stack(counts).sum())), 1.0)
+        # (nats, processes that gave up), on the device: only a bound makes the host wait for each batch
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for index, batch in enumerate(self.batches):
             hidden = self._forward(index, start, skip=skip, swap=swap)
-            losses = token_losses(self.student, hidden, batch["input_ids"], batch["mask"])
-            total[0] += losses.sum(dtype=torch.float64).cpu()
-            if bound < math.inf and float(total[0]) > bound * tokens:
+            total[0] += token_losses(self.student, hidden, batch["input_ids"], batch["mask"]).sum(dtype=torch.float64)
+            if bound < math.inf and float(total[0]) > bound * self._targets:
                 total[1] = 1  # this process alone is above the bound, so the sum is
                 break
-        total = self._sum(total)
-        return math.inf if total[1] > 0 else float(total[0]) / tokens
-
-    def _local_targets(self) -> Tensor:
-        return sum(targets_of(b["mask"]).sum().double().cpu() for b in self.batches) + torch.zeros(1).double()
+        nats, gave_up = self._sum(total).tolist()
+        return math.inf if gave_up else nats / self._targets
 
     def _sum(self, value: Tensor) -> Tensor:
+        """Sum over processes, on the CPU."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             value = value.to(self.device)
             torch.distributed.all_reduce(value)
@@ -166,14 +179,12 @@ class PruningModule(LightningModule):
         records.apply(step, self.student, layer)
         lowest = min(step.layers)
         self.start = 0 if self.cache == "none" else lowest
-        for index, states in enumerate(self._states):
-            self._states[index] = states[: lowest + 1]
         self.statistics = self.statistics.carry(len(self.student), self.start)
 
     def _monitored(self, batch_idx: int) -> bool:
         """Whether a batch is among the first `monitor` windows of all processes together."""
-        batch = self.batches[batch_idx]["input_ids"].shape[0]
-        return batch_idx * batch * self._world() < self.monitor_windows
+        before = sum(len(batch["input_ids"]) for batch in self.batches[:batch_idx])
+        return before * self._world() < self.monitor_windows
 
     def _world(self) -> int:
         return self.trainer.world_size if self._trainer is not None else 1
@@ -181,7 +192,7 @@ class PruningModule(LightningModule):
     @torch.inference_mode()
     def monitor(self) -> tuple[float, float]:
         """(loss, KL(teacher ‖ student)) of the student as it is, nats a token, on the monitored windows."""
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         for index, teacher_final in self._teacher_final.items():
             batch = self.batches[index]
             hidden = self._forward(index, self.start)
@@ -194,25 +205,16 @@ class PruningModule(LightningModule):
                     divergence.sum(dtype=torch.float64),
                     batch["mask"].sum().double(),
                 ]
-            ).cpu()
+            )
         sums = self._sum(sums)
         loss, divergence_mean = float(sums[0] / sums[1].clamp(min=1)), float(sums[2] / sums[3].clamp(min=1))
         if not math.isfinite(loss):
             raise NotFinite("the calibration loss is not finite; the model or its dtype overflows on this text")
         return loss, divergence_mean
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         return {}  # the record is what a run resumes from
 
 
 def _inputs(batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     return batch["input_ids"], batch["attention"]
-
-
-def attention_mask(mask: Tensor) -> Tensor | None:
-    """What the model gets: None for windows without padding, which keeps attention kernels on their fast path. A window
-    of weight zero (no token counts) is run as if it were whole."""
-    if bool(mask.all()):
-        return None
-    mask = mask | ~mask.any(1, keepdim=True)
-    return None if bool(mask.all()) else mask.long()

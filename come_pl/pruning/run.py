@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from come_pl import models
 from come_pl.card import pruned_card
 from come_pl.data import CalibrationData, TokenWindows, token_windows
-from come_pl.decoder import Decoder
+from come_pl.decoder import Decoder, family_of
 from come_pl.evaluation.perplexity import perplexity
 from come_pl.pruning.loop import ProgressivePruning, PruningBar
 from come_pl.pruning.methods import find
@@ -97,15 +99,13 @@ def prune(
     Raises:
         ValueError: one of the package's own errors, all of which are one clear line.
     """
-    main = rank_zero_only.rank == 0
+    main: bool = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     evaluation = evaluation or EvaluationText()
     name, method_class = find(method)
     chosen = method_class(**options)
     config = models.load_config(module.path).get_text_config(decoder=True)
     target = target_depth(config.num_hidden_layers, target_layers, sparsity)
     tokenizer = models.load_tokenizer(module.path)
-    from come_pl.decoder import family_of
-
     bos = family_of(config).needs_bos and tokenizer.bos_token_id is not None
     windows = data.attach(tokenizer, bos=bos, seed=seed)
     texts = _evaluation_windows(evaluation, tokenizer, bos, data.seqlen) if main else {}
@@ -171,6 +171,8 @@ def prune(
 
     meter = Meter(device)
     if record.layers > target:
+        if not trainer.loggers:
+            trainer.loggers = default_loggers(output)
         trainer.callbacks.append(ProgressivePruning(chosen, target, after_step))  # type: ignore[attr-defined]
         bars = [PruningBar() if isinstance(c, ProgressBar) else c for c in trainer.callbacks]  # type: ignore[attr-defined]
         trainer.callbacks = bars  # type: ignore[attr-defined]
@@ -206,6 +208,14 @@ def prune(
     print(summary(run.info))
     print(f"written to {output}")
     return output
+
+
+def default_loggers(folder: Path) -> list[Logger]:
+    """CSV always, TensorBoard where it is installed; both under `folder/logs`."""
+    loggers: list[Logger] = [CSVLogger(folder, name="logs", version="")]
+    if find_spec("tensorboard"):
+        loggers.append(TensorBoardLogger(folder, name="logs", version="", log_graph=False, default_hp_metric=False))
+    return loggers
 
 
 def _slug(path: str) -> str:

@@ -58,6 +58,9 @@ def merge_ratio(influence: Sequence[float], originals: int, p: float = 1.0, rho:
     if ratio[main] < floor:
         rest = 1 - ratio[main]
         ratio = [floor if i == main else r / rest * (1 - floor) for i, r in enumerate(ratio)]
+    # rounded, so that the order in which processes' sums were added leaves no trace; still summing to 1
+    ratio = [float(f"{r:.8g}") for r in ratio]
+    ratio[main] = 1 - sum(r for i, r in enumerate(ratio) if i != main)
     return ratio
 
 
@@ -173,9 +176,7 @@ class CoMe(Method):
             found = [
                 module.loss(site, skip=range(site, site + count)) if ok else math.inf for site, ok in enumerate(allowed)
             ]
-        elif count == self.span:
-            found = statistics[f"span_{self.span_tokens}"].tolist()
-        else:  # the last step removes fewer layers than the others: no span of its length was measured
-            influence = statistics["block_influence"].tolist()
-            found = [sum(influence[site : site + count]) for site in range(sites)]
+        else:  # the last step may remove fewer layers than the others
+            size = "" if count == self.span else f"_{count}"
+            found = statistics[f"span_{self.span_tokens}{size}"].tolist()
         return [score if ok else math.inf for score, ok in zip(found, allowed, strict=True)]

@@ -20,7 +20,7 @@ from torch import Tensor
 from come_pl.pruning.methods.base import Decision
 from come_pl.pruning.methods.come import CoMe, keep
 from come_pl.record import Record
-from come_pl.surgery import Norm, concatenate
+from come_pl.surgery import Norm, concatenate, dominant
 
 if TYPE_CHECKING:
     from come_pl.pruning.module import PruningModule
@@ -63,7 +63,10 @@ class CoMeP(CoMe):
             ratio = [tick / self.granularity, 1 - tick / self.granularity]
             kept = keep(module.student, step.layers, ratio, statistics)
             candidate = concatenate(module.student, layers, kept, ratio, self.norm)
-            loss = module.loss(first, swap={first: candidate}, skip=step.layers[1:], bound=bound)
+            # it runs in the place of the layer whose config entries (sliding window, rotary table) it will have
+            place = step.layers[dominant(ratio)]
+            skip = [i for i in step.layers if i != place]
+            loss = module.loss(first, swap={place: candidate}, skip=skip, bound=bound)
             losses.append(loss)
             if loss < bound:
                 bound, step.ratio, step.kept, best.layer = loss, ratio, kept, candidate

@@ -1,0 +1,107 @@
+"""CoMe's settings on the demo model, one at a time: held-out perplexity, seconds and peak memory of each.
+
+    python -m benchmarks.come_settings --calibration FILE --evaluation FILE
+
+Writes benchmarks/results/come_settings.csv as it goes; rows that are there already are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+from pathlib import Path
+
+import torch
+from lightning import Trainer
+
+from come_pl import models
+from come_pl.cli.common import quiet
+from come_pl.data import CalibrationData, token_windows
+from come_pl.evaluation.perplexity import perplexity
+from come_pl.pruning.loop import ProgressivePruning
+from come_pl.pruning.methods import find
+from come_pl.pruning.module import PruningModule
+from come_pl.record import Meter, Record
+
+RELEASED = {"norm": "mean", "p": 1.0, "rho": 0.0, "wo_repeat": True, "span_tokens": "last"}
+ROWS: list[tuple[str, dict, int, int]] = [  # method, options over RELEASED, tokens, seed
+    *(("come", {"span_tokens": s}, 19456, seed) for seed in (0, 1, 2) for s in ("last", "all")),
+    *(("come", {"span_tokens": "all", "norm": n}, 19456, 0) for n in ("dominant", "fold")),
+    *(("come", {"span_tokens": "all", "wo_repeat": False, "norm": n}, 19456, 0) for n in ("mean", "fold")),
+    *(("come", {"span_tokens": "all", "rho": r, "norm": "fold"}, 19456, 0) for r in (0.5, 0.9, 0.97)),
+    *(("come", {"span_tokens": "all", "rho": r, "norm": "fold", "wo_repeat": False}, 19456, 0) for r in (0.5, 0.9, 0.97)),
+    *(("come", {"span_tokens": "all", "rho": r}, 19456, 0) for r in (0.5, 0.9, 0.97)),
+    *(("come", {"span_tokens": "all"}, t, 0) for t in (4096, 8192, 32768, 65536)),
+    ("come_p", {"span_tokens": "all", "granularity": 10}, 4096, 0),
+]
+COLUMNS = ["method", "options", "tokens", "seed", "dense", "pruned", "ratio", "seconds", "peak_gib", "sites"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--calibration", default="embedded")
+    parser.add_argument("--evaluation", default="embedded")
+    parser.add_argument("--evaluation_tokens", type=int, default=32768)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--target", type=int, default=21)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "come_settings.csv")
+    arguments = parser.parse_args()
+    quiet()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    torch.set_num_threads(arguments.threads)
+    seen = list(csv.DictReader(open(arguments.out))) if arguments.out.is_file() else []
+    tokenizer = models.load_tokenizer(arguments.model)
+    held = token_windows(
+        arguments.evaluation,
+        tokenizer,
+        split="evaluation",
+        tokens=arguments.evaluation_tokens,
+        seqlen=arguments.seqlen,
+    )
+    dense = models.load_model(arguments.model)
+    before = perplexity(dense, held.input_ids, held.mask, title="dense").token
+    for name, changes, tokens, seed in ROWS:
+        options = {k: v for k, v in RELEASED.items() if name == "come" or k not in ("p", "rho")} | changes
+        written = " ".join(f"{k}={v}" for k, v in options.items())
+        if any((r["method"], r["options"], r["tokens"], r["seed"]) == (name, written, str(tokens), str(seed)) for r in seen):
+            continue
+        data = CalibrationData(arguments.calibration, tokens=tokens, seqlen=arguments.seqlen)
+        data.attach(tokenizer, bos=False, seed=seed)
+        method = find(name)[1](**options)
+        module, record = PruningModule(), Record(dense.config.num_hidden_layers)
+        module.attach(dense, record, needs=method.needs, span=method.span)
+        meter = Meter()
+        trainer = Trainer(
+            max_epochs=-1,
+            callbacks=[ProgressivePruning(method, arguments.target)],
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            accelerator="cpu",
+        )
+        trainer.fit(module, datamodule=data)
+        seconds, peak = meter.seconds, meter.peak_gib
+        after = perplexity(module.student_model, held.input_ids, held.mask, title=written).token
+        row = dict(
+            zip(
+                COLUMNS,
+                [name, written, tokens, seed, f"{before:.2f}", f"{after:.2f}", f"{after / before:.2f}"]
+                + [f"{seconds:.0f}", f"{peak:.2f}", " ".join(str(s.layers[0]) for s in record.steps)],
+                strict=True,
+            )
+        )
+        print(row, flush=True)
+        new = not arguments.out.is_file()
+        with open(arguments.out, "a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Loss curves on disk while training runs, and their picture."""
+
+from __future__ import annotations
+
+import csv
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
+
+from come_pl.record import write_atomically
+
+CURVES, VALIDATION = "curves.csv", "validation.csv"
+COLUMNS = ["step", "tokens", "seconds", "loss"]
+
+
+def read_rows(file: Path) -> list[dict[str, float]]:
+    """Whole rows of a curve; a row that a kill cut in two is left out."""
+    if not file.is_file():
+        return []
+    with open(file, newline="", encoding="utf-8") as opened:
+        rows = [r for r in csv.DictReader(opened) if None not in r and None not in r.values() and "" not in r.values()]
+    return [{k: float(v) for k, v in row.items()} for row in rows]
+
+
+class Curves(Callback):
+    """Appends each optimizer step's losses to `curves.csv`, and the validation loss to `validation.csv`.
+
+    Rows after the step that a run resumes from are removed first: the file is that of an uninterrupted run.
+
+    Attributes:
+        tokens, seconds: trained on so far, resumes included, and the time that this took, validation left out.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.tokens, self.seconds = 0, 0.0
+        self._begin = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens": self.tokens, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            for name in (CURVES, VALIDATION):
+                rows = [r for r in read_rows(self.folder / name) if r["step"] <= trainer.global_step]
+                if rows:
+                    lines = [",".join(rows[0]), *(",".join(_tidy(v) for v in row.values()) for row in rows)]
+                    write_atomically(self.folder / name, "\n".join(lines) + "\n")
+                else:
+                    (self.folder / name).unlink(missing_ok=True)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._begin = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seconds += time.perf_counter() - self._begin
+        self.tokens += int(batch["mask"].sum()) * trainer.world_size
+        if trainer.is_global_zero and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            losses = pl_module.latest
+            row = {"step": trainer.global_step, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
+            self._append(CURVES, row | {"loss": sum(losses.values())} | losses)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero and not trainer.sanity_checking and "val_loss" in trainer.callback_metrics:
+            loss = float(trainer.callback_metrics["val_loss"])
+            self._append(VALIDATION, {"step": trainer.global_step, "val_loss": loss})
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        file = self.folder / name
+        columns: list[str] = []
+        if file.is_file():
+            with open(file, encoding="utf-8") as opened:
+                columns = opened.readline().strip().split(",")
+        extended = [*columns, *(c for c in row if c not in columns)]
+        if extended != columns:  # first row, or one layer after another: a new column
+            rows = read_rows_loose(file)
+            lines = [",".join(extended), *(",".join(r.get(c) or "nan" for c in extended) for r in rows)]
+            write_atomically(file, "\n".join(lines) + "\n")
+        with open(file, "a", encoding="utf-8") as opened:
+            opened.write(",".join(_tidy(row.get(c, math.nan)) for c in extended) + "\n")
+
+
+def read_rows_loose(file: Path) -> list[dict[str, str]]:
+    if not file.is_file():
+        return []
+    with open(file, newline="", encoding="utf-8") as opened:
+        return list(csv.DictReader(opened))
+
+
+def _tidy(value: float) -> str:
+    return str(int(value)) if float(value).is_integer() else f"{value:.7g}"
+
+
+def plot(folder: Path) -> None:
+    """`distill.png`: each layer's loss, and the validation loss, over the tokens read."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_rows(folder / CURVES)
+    if not rows:
+        return
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot()
+    tokens = [row["tokens"] for row in rows]
+    names = [n for n in rows[0] if n not in COLUMNS] or ["loss"]
+    for index, name in enumerate(names):
+        shade = 0.1 + 0.8 * index / max(1, len(names) - 1)
+        axes.plot(tokens, [row[name] for row in rows], label=name, color=_colour(shade), linewidth=1.3)
+    validation = read_rows(folder / VALIDATION)
+    by_step = {row["step"]: row["tokens"] for row in rows}
+    seen = [(by_step[r["step"]], r["val_loss"]) for r in validation if r["step"] in by_step]
+    if seen:
+        axes.plot(*zip(*seen), "k.--", label="validation, sum")
+    axes.set(xlabel="tokens", ylabel="loss", yscale="log", title=f"Distillation, {folder.name}")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    FigureCanvasAgg(figure).print_png(str(folder / "distill.png"))
+
+
+def _colour(share: float) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](share)

@@ -1,0 +1,219 @@
+"""CoMe's own distillation: hidden states of merged layers against those of the layers that they stand for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from come_pl.distillation.losses import StateLoss, logit_divergence, state_loss
+from come_pl.distillation.module import DistillationModule, streams
+from come_pl.distillation.rates import Rates, cosine
+from come_pl.pruning.module import attention_mask
+
+
+class CoMeMP(DistillationModule):
+    """CoMe-mp: each merged layer is trained by itself (arXiv 2510.15304, step 3; the code was never released).
+
+    A merged layer that stands for teacher layers a..b gets the teacher's stream before layer a and is trained to give
+    the teacher's stream after layer b. One teacher forward, stopped at the last b, serves all merged layers; no layer's
+    loss reaches another's weights, no logits are computed, and with `inputs: teacher` the student never runs whole.
+
+    Differs from the paper's set-up in that one process trains all merged layers from one teacher forward, where the
+    paper starts a process a layer.
+
+    Args:
+        lr: Peak learning rate: a number for all, a list from shallow to deep (interpolated geometrically over depth
+            rank), a mapping from student layer to rate, or the published lists llama2-7b, qwen3-4b.
+        loss: What is compared: mse, kl (over the hidden dimension) or cosine; each in units of the token itself.
+        temperature: Temperature of the kl.
+        inputs: What a merged layer reads: the teacher's stream, or the student's own.
+        schedule: All layers at once (joint), or one after another (sequential): memory of one layer's gradients and
+            optimizer state; max_epochs and max_steps then count for each layer.
+        **kwargs: See DistillationModule.
+    """
+
+    clips_each_layer = True
+
+    def __init__(
+        self,
+        lr: Rates = 3e-4,
+        loss: StateLoss = "mse",
+        temperature: float = 1.0,
+        inputs: Literal["teacher", "student"] = "teacher",
+        schedule: Literal["joint", "sequential"] = "joint",
+        **kwargs: Any,
+    ):
+        super().__init__(lr=lr, **kwargs)
+        if self.trainable != "merged":
+            raise ValueError("--distill mp trains merged layers only; for more give --distill sp or hybrid")
+        self.loss, self.temperature, self.inputs, self.schedule = loss, temperature, inputs, schedule
+        self.phase = 0
+
+    @property
+    def phases(self) -> int:
+        """How many times the data are gone through for one pass of each layer."""
+        return len(self.merged) if self.schedule == "sequential" else 1
+
+    def active(self) -> list[int]:
+        """Merged layers that are being trained now."""
+        return self.merged if self.schedule == "joint" else [self.merged[self.phase]]
+
+    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        layers = self.active() if self.training_now else self.merged
+        starts, ends = {i: self.groups[i][0] for i in layers}, {i: self.groups[i][-1] + 1 for i in layers}
+        wanted = {*ends.values(), *(starts.values() if self.inputs == "teacher" else ())}
+        states, _ = self.teacher_states(batch, wanted, stop=max(wanted))
+        outputs = self._local(batch, states, starts) if self.inputs == "teacher" else self._own_stream(batch, layers)
+        return {
+            self.name_of(i): state_loss(outputs[i], states[ends[i]], batch["mask"], self.loss, self.temperature)
+            for i in layers
+        }
+
+    @property
+    def training_now(self) -> bool:
+        return torch.is_grad_enabled()
+
+    def _local(self, batch: dict[str, Any], states: dict[int, Tensor], starts: dict[int, int]) -> dict[int, Tensor]:
+        """Output of each merged layer alone, on the teacher's stream."""
+        outputs = {}
+        attention = attention_mask(batch["mask"])
+        for index, start in starts.items():
+            hidden = states[start].to(self._stream_dtype(index)) if index > 0 else None
+            with streams(self.student, [index + 1]) as found:
+                self.student.run(batch["input_ids"], attention, start=index, hidden=hidden, stop=index + 1)
+            outputs[index] = found[index + 1]
+        return outputs
+
+    def _stream_dtype(self, index: int) -> torch.dtype:
+        """What the stream is in: that of the layer's norms (DeepSpeed's bf16 casts the weights themselves)."""
+        path = self.student.family.attention_norm or self.student.family.query
+        return self.student.part(self.student.layers[index], path).weight.dtype
+
+    def _own_stream(self, batch: dict[str, Any], layers: list[int]) -> dict[int, Tensor]:
+        """Outputs of the merged layers in one run of the student, its stream cut before each merged layer."""
+        with self._cut(), streams(self.student, [i + 1 for i in layers]) as found:
+            self.student.run(batch["input_ids"], attention_mask(batch["mask"]), stop=max(layers) + 1)
+        return {i: found[i + 1] for i in layers}
+
+    @contextlib.contextmanager
+    def _cut(self) -> Iterator[None]:
+        def detach(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            if args:
+                return (args[0].detach(), *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": kwargs["hidden_states"].detach()}
+
+        handles = [
+            self.student.layers[i].register_forward_pre_hook(detach, with_kwargs=True, prepend=True)
+            for i in self.merged
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # -- one layer after another ------------------------------------------------------------------------------------
+
+    def share_of_peak(self, name: str) -> Callable[[int], float]:
+        if self.schedule == "joint":
+            return super().share_of_peak(name)
+        each = self._steps_each()
+        begin = [self.name_of(i) for i in self.merged].index(name) * each
+        warmup = self.warmup_steps(each)
+        return lambda step: cosine(step - begin, each, warmup, self.floor) if begin <= step < begin + each else 0.0
+
+    def _steps_each(self) -> int:
+        return max(1, self.total_steps // len(self.merged))
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        if self.schedule == "sequential" and (self.trainer.world_size > 1 or "DeepSpeed" in self._strategy()):
+            raise ValueError("schedule sequential runs on one device, without DeepSpeed; give --model.schedule joint")
+
+    def _strategy(self) -> str:
+        return type(self.trainer.strategy).__name__
+
+    def on_train_epoch_start(self) -> None:
+        if self.schedule == "sequential":  # every layer reads the same windows in the same order
+            passes = max(1, (self.trainer.max_epochs or 1) // len(self.merged)) if self.trainer.max_epochs != -1 else 0
+            sampler = getattr(self.trainer.train_dataloader, "sampler", None)
+            if passes and hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(self.current_epoch % passes)  # type: ignore[union-attr]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.schedule == "sequential":
+            self._enter(min(self.global_step // self._steps_each(), len(self.merged) - 1))
+
+    def _enter(self, phase: int) -> None:
+        """Only the layer of this phase has gradients and optimizer state."""
+        self.phase = phase
+        for rank, index in enumerate(self.merged):
+            parameters = list(self.student.layers[index].parameters())
+            for parameter in parameters:
+                parameter.requires_grad_(rank == phase)
+                if rank != phase:
+                    parameter.grad = None
+                    for optimizer in self.trainer.optimizers:
+                        optimizer.state.pop(parameter, None)
+
+
+class CoMeSP(DistillationModule):
+    """CoMe-sp: one process; the student runs as a whole and the losses of all merged layers, on its own stream, are
+    summed and reach everything below them.
+
+    Args:
+        lr: Peak learning rate; published: 1e-5 for all.
+        loss: What is compared at the end of each merged layer: mse, kl (over the hidden dimension) or cosine.
+        temperature: Temperature of the kl.
+        match: Compare at the merged layers, or at all layers from the first merged one on.
+        state_weight: Weight of the hidden states' losses (their sum).
+        logit_weight: Weight of KL(teacher || student) of the next-token distributions; 0: no logits are computed.
+        activation_checkpointing: Keep one stream a layer for the backward, and compute the rest again.
+        **kwargs: See DistillationModule.
+    """
+
+    def __init__(
+        self,
+        lr: Rates = 1e-5,
+        loss: StateLoss = "mse",
+        temperature: float = 1.0,
+        match: Literal["merged", "all"] = "merged",
+        state_weight: float = 1.0,
+        logit_weight: float = 0.0,
+        activation_checkpointing: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(lr=lr, **kwargs)
+        self.loss, self.temperature, self.match = loss, temperature, match
+        self.state_weight, self.logit_weight = state_weight, logit_weight
+        self.activation_checkpointing = activation_checkpointing
+
+    def compared(self) -> list[int]:
+        """Student layers after which the streams are compared."""
+        if self.state_weight == 0:
+            return []
+        return self.merged if self.match == "merged" else list(range(self.merged[0], len(self.groups)))
+
+    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        layers = self.compared()
+        ends = {i: self.groups[i][-1] + 1 for i in layers}
+        stop = None if self.logit_weight else max(ends.values())
+        theirs, teacher_final = self.teacher_states(batch, set(ends.values()), stop)
+        ours, final = self.student_states(batch, [i + 1 for i in layers])
+        mask = batch["mask"]
+        found = {
+            self.name_of(i): self.state_weight
+            * state_loss(ours[i + 1], theirs[ends[i]], mask, self.loss, self.temperature)
+            for i in layers
+        }
+        if self.logit_weight:
+            kl = logit_divergence(self.student, final, self.teacher, teacher_final, mask)
+            found["logits"] = self.logit_weight * kl
+        return found

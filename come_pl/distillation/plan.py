@@ -1,0 +1,190 @@
+"""The memory plan of a distillation, from configs alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from come_pl.decoder import Decoder
+from come_pl.distillation.module import DistillationModule
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """GiB on each device; `host` is what offloading moves to the CPU's memory, for each device."""
+
+    teacher: float
+    student: float
+    gradients: float
+    optimizer: float
+    activations: float
+    host: float = 0.0
+    trained: int = 0
+    parameters: int = 0
+
+    @property
+    def total(self) -> float:
+        return self.teacher + self.student + self.gradients + self.optimizer + self.activations
+
+    def table(self, title: str) -> str:
+        rows = [
+            ("teacher", self.teacher),
+            (f"student ({self.parameters / 1e6:.1f}M parameters)", self.student),
+            (f"gradients ({self.trained / 1e6:.1f}M trained)", self.gradients),
+            ("optimizer states", self.optimizer),
+            ("activations", self.activations),
+            ("total per device", self.total),
+            *([("host memory, offloaded", self.host)] if self.host else []),
+        ]
+        return "\n".join([title, *(f"  {name:<38}{value:9.3f} GiB" for name, value in rows)])
+
+
+def on_meta(config: Any) -> Any:
+    """A model of a config without any weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def activation_bytes(decoder: Decoder, tokens: int, element: int) -> int:
+    """Kept for the backward of one decoder layer: inputs of norms in fp32 (2 + 2 hidden), of projections and of the
+    activation function in the compute dtype. Attention by blocks: no (seq × seq) matrix."""
+    g = decoder.geometry
+    attention = 2 * g.hidden + g.head_dim * (2 * g.heads + 2 * g.kv_heads)
+    return tokens * (4 * 4 * g.hidden + element * (attention + g.hidden + 4 * g.ffn))
+
+
+def memory_plan(
+    module: DistillationModule,
+    *,
+    precision: str,
+    strategy: str,
+    devices: int,
+    batch_size: int,
+    seqlen: int,
+) -> Plan:
+    """GiB per device of a module attached to models on the meta device (`on_meta`)."""
+    half = precision.startswith("bf16") or precision.startswith("16")
+    true_half = precision in ("bf16-true", "16-true")
+    deepspeed, fsdp = strategy.startswith("deepspeed"), strategy == "fsdp"
+    stage = next((int(c) for c in strategy if c.isdigit()), 2 if strategy == "deepspeed" else 0) if deepspeed else 0
+    named = dict(module.student_model.named_parameters())
+    trained = sum(p.numel() for n, p in named.items() if n in module.trained)
+    if getattr(module, "schedule", "joint") == "sequential":
+        trained //= len(module.merged)
+    everything = sum(p.numel() for p in named.values())
+    all_trained = sum(p.numel() for n, p in named.items() if n in module.trained)
+    teacher = sum(p.numel() for p in module.teacher.model.parameters()) * (2 if half else 4)
+    if type(module).__name__ == "LM" or getattr(module, "objective", "") == "lm":
+        teacher = 0
+
+    low = 2 if half and (deepspeed or true_half) else 4
+    student = (
+        everything * low
+        if deepspeed or true_half
+        else all_trained * 4 + (everything - all_trained) * (2 if half else 4)
+    )
+    gradients = trained * low
+    optimizer = trained * (8 if low == 4 or not deepspeed else 12) if not true_half or deepspeed else trained * 4
+    share = max(1, devices)
+    if fsdp or stage == 3:
+        layers = sum(p.numel() for la in module.student.layers for p in la.parameters()) * low if fsdp else student
+        student = student - layers + layers / share + module.student.layer_parameters * low  # one layer is gathered
+    if fsdp or stage >= 2:
+        gradients /= share
+    if fsdp or stage >= 1:
+        optimizer /= share
+    host = 0.0
+    if "offload" in strategy:
+        host += optimizer
+        optimizer = 0
+        if stage == 3:
+            host += student
+            student = module.student.layer_parameters * low * 2
+    return Plan(
+        teacher / GIB,
+        student / GIB,
+        gradients / GIB,
+        optimizer / GIB,
+        _activations(module, batch_size * seqlen, 2 if half else 4) / GIB,
+        host / GIB,
+        trained,
+        everything,
+    )
+
+
+def _activations(module: DistillationModule, tokens: int, element: int) -> float:
+    decoder = module.student
+    hidden = decoder.geometry.hidden
+    layer = activation_bytes(decoder, tokens, element)
+    stream = 4 * tokens * hidden
+    logits = 4 * 64 * 2**20 if getattr(module, "logit_weight", 1) else 0
+    if type(module).__name__ == "CoMeMP":
+        local = len(module.merged) if getattr(module, "schedule", "joint") == "joint" else 1
+        return local * (layer + 2 * stream) + 2 * layer
+    through = len(decoder) - (module.merged[0] if module.trainable == "merged" else 0)
+    kept = through * stream + layer if module.activation_checkpointing else through * layer
+    return kept + len(module.merged) * 2 * stream + logits + 2 * tokens * hidden * 4
+
+
+def print_plan(module: DistillationModule, data: Any, student: str | None, teacher: str | None, on: Any) -> Plan:
+    """Print the plan of a run, from configs: a student run folder, or a dense model of which 30 % would be removed."""
+    from come_pl import models
+    from come_pl.distillation.student import LATEST, check_fit, read_pruned
+    from come_pl.pruning.run import target_depth
+
+    if student is not None or (teacher is None and LATEST.is_dir()):
+        pruned = read_pruned(student)
+        path = teacher or pruned.teacher
+        dense = models.load_config(path)
+        check_fit(pruned, dense, models.load_tokenizer(path), path)
+        groups = pruned.groups
+        small = models.load_config(str(pruned.folder / "model"))
+    else:
+        path = teacher or "embedded"
+        dense = models.load_config(path)
+        layers = dense.get_text_config(decoder=True).num_hidden_layers
+        depth = target_depth(layers, None, 0.3)
+        groups = planned_groups(layers, depth)
+        small = None
+    dense_model = on_meta(dense)
+    student_model = on_meta(small) if small is not None else on_meta(dense)
+    if small is None:
+        decoder = Decoder(student_model)
+        decoder.base.layers = torch.nn.ModuleList(list(decoder.layers)[: len(groups)])
+    module.attach(dense_model, student_model, groups)
+    devices = int(on["devices"]) if on["devices"].isdigit() else max(1, torch.cuda.device_count())
+    devices *= int(on["num_nodes"])
+    plan = memory_plan(
+        module,
+        precision=on["precision"],
+        strategy=on["strategy"],
+        devices=devices,
+        batch_size=data.batch_size,
+        seqlen=data.seqlen,
+    )
+    title = (
+        f"{path}, {len(module.teacher)} → {len(groups)} layers, {type(module).__name__} on {devices} device(s), "
+        f"{on['strategy']}, {on['precision']}, {data.batch_size} windows of {data.seqlen} tokens"
+    )
+    print(plan.table(title))
+    return plan
+
+
+def planned_groups(layers: int, depth: int) -> list[list[int]]:
+    """Correspondences as merging tends to leave them: pairs in the middle of the model."""
+    removed = layers - depth
+    pairs = min(removed, layers // 3)
+    begin = (layers - removed - pairs) // 2
+    groups = [[i] for i in range(begin)]
+    at = begin
+    for rank in range(pairs):
+        size = 1 + removed // pairs + (rank < removed % pairs)
+        groups.append(list(range(at, at + size)))
+        at += size
+    return groups + [[i] for i in range(at, layers)]

@@ -1,0 +1,60 @@
+"""Strategies that run everywhere: DeepSpeed on CPU processes for tests, FSDP by one short name."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, StrategyRegistry
+
+DEEPSPEED: dict[str, dict[str, Any]] = {
+    "deepspeed": {},
+    "deepspeed_stage_1": {"stage": 1},
+    "deepspeed_stage_2": {"stage": 2},
+    "deepspeed_stage_2_offload": {"stage": 2, "offload_optimizer": True},
+    "deepspeed_stage_3": {"stage": 3},
+    "deepspeed_stage_3_offload": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
+}
+
+
+class CPUDeepSpeedStrategy(DeepSpeedStrategy):
+    """DeepSpeed as it is, but that it does not refuse processes without CUDA."""
+
+    def setup_environment(self) -> None:
+        if not isinstance(self.accelerator, CPUAccelerator):
+            super().setup_environment()
+            return
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        self.parallel_devices = [torch.device("cpu", i) for i in range(len(self.parallel_devices or []))]
+        DDPStrategy.setup_environment(self)  # leaves out only the check for CUDA
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """FSDP2 over all devices. (Left to itself Lightning makes the devices of a node one tensor-parallel group, in which
+    nothing is sharded and each process goes its own way.)"""
+
+    def setup_environment(self) -> None:
+        self._tensor_parallel_size = 1
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+
+def register() -> None:
+    """Make `deepspeed*` run on CPUs, where there is no CUDA."""
+    if not torch.cuda.is_available():
+        for name, options in DEEPSPEED.items():
+            StrategyRegistry.register(name, CPUDeepSpeedStrategy, override=True, **options)
+
+
+def named(strategy: Any) -> Any:
+    """What the Trainer gets for a `--trainer.strategy`: `fsdp` is FSDP2, layers of the student sharded one by one."""
+    if strategy == "fsdp":
+        return ShardedStrategy(save_distributed_checkpoint=False)
+    if isinstance(strategy, str) and strategy.startswith("deepspeed"):
+        from importlib.util import find_spec
+
+        if find_spec("deepspeed") is None:
+            raise ValueError(f"--trainer.strategy {strategy} needs deepspeed: pip install 'come_pl[deepspeed]'")
+    return strategy

@@ -1,0 +1,467 @@
+"""Losses, gradients, learning rates and the loop of distillation, on tiny models."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import save_tiny, tiny_ids, tiny_model, tiny_text
+from lightning import Trainer
+
+from come_pl.data import DistillationData
+from come_pl.decoder import Decoder
+from come_pl.distillation import losses
+from come_pl.distillation.comparisons import KD, LM, Hybrid, LoRA
+from come_pl.distillation.layerwise import CoMeMP, CoMeSP
+from come_pl.distillation.module import Diverged, NothingToTrain
+from come_pl.distillation.rates import PRESETS, BadRate, by_depth, cosine, learning_rates
+from come_pl.distillation.run import distil
+from come_pl.distillation.student import Misfit
+from come_pl.pruning.run import EvaluationText
+from come_pl.runs import Run
+from come_pl.surgery import drop
+
+GROUPS = [[0], [1, 2], [3], [4, 5]]
+
+
+def pruned_pair(family: str = "llama", seed: int = 0) -> tuple[Any, Any]:
+    """A 6-layer teacher and its 4-layer student, in which layers 2 and 5 were dropped (GROUPS)."""
+    teacher = tiny_model(family, layers=6, seed=seed)
+    student = copy.deepcopy(teacher)
+    for index in (5, 2):
+        drop(Decoder(student), index)
+    return teacher, student
+
+
+def batch_of(windows: int = 3, seq: int = 12, padded: int = 0, seed: int = 1) -> dict[str, torch.Tensor]:
+    mask = torch.ones(windows, seq, dtype=torch.bool)
+    if padded:
+        mask[0, -padded:] = False
+    return {"input_ids": tiny_ids(windows, seq, seed), "mask": mask}
+
+
+def attached(module: Any, family: str = "llama") -> Any:
+    module.attach(*pruned_pair(family), GROUPS)
+    return module
+
+
+# -- losses -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mse", "kl", "cosine"])
+def test_state_losses_against_a_loop_over_tokens(kind: Any) -> None:
+    torch.manual_seed(0)
+    ours, theirs = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    theirs[:, 0, 3] = 900.0  # a massive activation
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[1, 3:] = False
+    total, count = 0.0, 0
+    for b in range(2):
+        for t in range(5):
+            if not mask[b, t]:
+                continue
+            s, h = ours[b, t].double(), theirs[b, t].double()
+            if kind == "mse":
+                total += float(((s - h) ** 2).sum() / (h**2).sum())
+            elif kind == "kl":
+                scale = 2.0 * (h**2).mean().sqrt()
+                p, q = (h / scale).softmax(-1), (s / scale).softmax(-1)
+                total += 4.0 * float((p * (p / q).log()).sum())
+            else:
+                total += 1 - float(s @ h / s.norm() / h.norm())
+            count += 1
+    found = losses.state_loss(ours, theirs, mask, kind, temperature=2.0)
+    torch.testing.assert_close(float(found), total / count, rtol=1e-4, atol=1e-6)
+
+
+def test_massive_activations_do_not_drown_the_rest() -> None:
+    torch.manual_seed(0)
+    theirs = torch.randn(1, 50, 8)
+    theirs[0, 0] *= 1000
+    mask = torch.ones(1, 50, dtype=torch.bool)
+    wrong_at_massive, wrong_elsewhere = theirs.clone(), theirs.clone()
+    wrong_at_massive[0, 0] *= 1.1
+    wrong_elsewhere[0, 1:] *= 1.1
+    small = losses.state_loss(wrong_at_massive, theirs, mask)
+    assert float(losses.state_loss(wrong_elsewhere, theirs, mask) / small) == pytest.approx(49, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+@pytest.mark.parametrize("kind", ["kl", "lm"])
+def test_chunked_logits_are_exact_with_gradients(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, student = pruned_pair(family)
+    ours, theirs, batch = Decoder(student), Decoder(teacher), batch_of(padded=3)
+    ids, mask = batch["input_ids"], batch["mask"]
+    with torch.no_grad():
+        target = theirs.run(ids)
+    head = student.get_output_embeddings().weight
+    results = []
+    for chunk in (5, None):
+        if chunk:
+            monkeypatch.setattr(losses, "chunk_length", lambda batch, vocabulary: 5)
+        student.zero_grad()
+        hidden = ours.run(ids)
+        if chunk and kind == "kl":
+            value = losses.logit_divergence(ours, hidden, theirs, target, mask)
+        elif chunk:
+            value = losses.language_modelling(ours, hidden, ids, mask)
+        elif kind == "kl":
+            p, q = theirs.logits(target).log_softmax(-1), ours.logits(hidden).log_softmax(-1)
+            value = ((p.exp() * (p - q)).sum(-1) * mask).sum() / mask.sum()
+        else:
+            counted = mask[:, 1:] & mask[:, :-1]
+            each = F.cross_entropy(ours.logits(hidden)[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+            value = (each * counted).sum() / counted.sum()
+        (3 * value).backward()
+        first = next(ours.layers[0].parameters()).grad
+        results.append((value.detach(), head.grad.clone(), first.clone()))  # type: ignore[union-attr]
+    for chunked, whole in zip(*results):
+        torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "chunk_length", lambda batch, vocabulary: 4)
+    seen = []
+    real = losses._Head.logits
+    monkeypatch.setattr(losses._Head, "logits", lambda self, h, w, b: (seen.append(h.shape[1]), real(self, h, w, b))[1])
+    module = attached(KD())
+    sum(module.losses(batch_of()).values()).backward()
+    assert seen and max(seen) == 4
+
+
+# -- learning rates ---------------------------------------------------------------------------------------------------
+
+
+def test_published_lists_and_their_interpolation() -> None:
+    assert learning_rates("llama2-7b", [3, 5, 8, 9, 11, 12, 20])[8] == 1e-4
+    five = by_depth(PRESETS["llama2-7b"], 5)
+    assert (five[0], five[-1]) == pytest.approx((5e-4, 1e-5)) and five == sorted(five, reverse=True)
+    assert by_depth([1e-2, 1e-4], 3) == pytest.approx([1e-2, 1e-3, 1e-4])  # geometric
+    assert learning_rates({1: 1e-3, 4: 1e-4}, [1, 4]) == {1: 1e-3, 4: 1e-4}
+    for bad in ("llama9", [], -1.0, {1: 1e-3}, [1e-3, 0.0]):
+        with pytest.raises(BadRate):
+            learning_rates(bad, [1, 4])  # type: ignore[arg-type]
+
+
+def test_cosine_with_warm_up() -> None:
+    shares = [cosine(s, 100, 10, 0.1) for s in range(101)]
+    assert shares[0] == pytest.approx(0.1) and shares[9] == shares[10] == 1.0
+    assert shares[100] == pytest.approx(0.1) and shares[55] == pytest.approx(0.55)
+
+
+# -- CoMe-mp ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2-mixed", "gemma3", "opt"])
+def test_mp_layer_reads_the_teacher_and_aims_at_the_end_of_its_group(family: str) -> None:
+    module = attached(CoMeMP(), family)
+    batch = batch_of(padded=2)
+    states: list[torch.Tensor] = []
+    hooks = [layer.register_forward_hook(lambda m, a, out: states.append(out)) for layer in module.teacher.layers]
+    with torch.no_grad():
+        module.teacher.run(batch["input_ids"], batch["mask"].long())
+        for hook in hooks:
+            hook.remove()
+        found = module.losses(batch)
+        # student layer 1 is the teacher's layer 1: given the teacher's stream it gives the teacher's next state
+        for name, (output, target) in {"layer 1": (states[1], states[2]), "layer 3": (states[4], states[5])}.items():
+            torch.testing.assert_close(found[name], losses.state_loss(output, target, batch["mask"]))
+
+
+@pytest.mark.parametrize("inputs", ["teacher", "student"])
+def test_mp_gradient_of_a_layer_does_not_depend_on_others(inputs: Any) -> None:
+    module = attached(CoMeMP(inputs=inputs))
+    found = module.losses(batch_of())
+    found["layer 3"].backward()
+    assert all(p.grad is None for p in module.student.layers[1].parameters())
+    assert all(p.grad is not None for p in module.student.layers[3].parameters())
+    assert all(p.grad is None for i in (0, 2) for p in module.student.layers[i].parameters())
+
+
+def test_mp_teacher_stops_at_the_last_boundary_and_student_never_runs_whole() -> None:
+    teacher = tiny_model(layers=6)
+    student = copy.deepcopy(teacher)
+    for index in (4, 2):
+        drop(Decoder(student), index)
+    module = CoMeMP()
+    module.attach(teacher, student, [[0], [1, 2], [3, 4], [5]])
+    calls: list[str] = []
+    for which, decoder in (("teacher", module.teacher), ("student", module.student)):
+        for index, layer in enumerate(decoder.layers):
+            layer.register_forward_pre_hook(lambda m, a, w=which, i=index: calls.append(f"{w} {i}"))
+    heads = [m.get_output_embeddings() for m in (teacher, student)]
+    for head in heads:
+        head.register_forward_pre_hook(lambda m, a: calls.append("logits"))
+    module.losses(batch_of())
+    assert calls == [f"teacher {i}" for i in range(5)] + ["student 1", "student 2"]
+
+
+def test_sp_reaches_layers_below_and_checkpointing_changes_nothing() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        module = attached(CoMeSP(logit_weight=0.5, activation_checkpointing=checkpointing))
+        found = module.losses(batch_of(padded=2))
+        assert list(found) == ["layer 1", "layer 3", "logits"]
+        found["layer 3"].backward(retain_graph=True)
+        assert all(p.grad is not None for p in module.student.layers[1].parameters())
+        sum(found.values()).backward()
+        gradients.append([p.grad for p in module.student.layers[1].parameters()])
+    for plain, again in zip(*gradients):
+        torch.testing.assert_close(plain, again)
+
+
+def test_a_perfect_student_has_no_loss() -> None:
+    teacher = tiny_model(layers=4)
+    for module in (CoMeSP(logit_weight=1.0, match="all"), KD(), Hybrid()):
+        student = copy.deepcopy(teacher)
+        module.groups = [[0], [1], [2], [3]]
+        module.merged = [1, 2]
+        module.teacher, module.student, module.student_model = Decoder(teacher), Decoder(student), student
+        assert float(sum(module.losses(batch_of()).values())) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_nothing_merged_is_refused() -> None:
+    teacher = tiny_model()
+    with pytest.raises(NothingToTrain):
+        CoMeMP().attach(teacher, copy.deepcopy(teacher), [[0], [1], [2], [3]])
+
+
+def test_teacher_is_hidden_and_only_what_learns_is_checkpointed() -> None:
+    module = attached(CoMeMP())
+    assert not any("teacher" in name for name, _ in module.named_parameters())
+    checkpoint = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    assert {k.split(".")[3] for k in checkpoint["state_dict"]} == {"1", "3"}
+    assert {n.split(".")[3] for n, p in module.named_parameters() if p.requires_grad} == {"1", "3"}
+
+
+def test_lora_merged_equals_the_adapted_model() -> None:
+    pytest.importorskip("peft")
+    module = attached(LoRA(r=4))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in module.student_model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+        ids = tiny_ids()
+        adapted = module.student_model(ids).logits
+        names = {g["name"]: len(g["params"]) for g in module.parameter_groups()}
+        module.finish()
+        torch.testing.assert_close(module.student_model(ids).logits, adapted, rtol=1e-4, atol=1e-5)
+    assert names == {"layer 1": 14, "layer 3": 14, "others": 28}
+    plain = set(pruned_pair()[1].state_dict())
+    assert set(module.student_model.state_dict()) == plain
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def student_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder as prune.py leaves it, beside its teacher and texts."""
+    folder = tmp_path_factory.mktemp("distil")
+    teacher = save_tiny(folder / "teacher", layers=6)
+    tiny_text(folder / "text.txt", words=6000)
+    _, student = pruned_pair()
+    from conftest import tiny_tokenizer
+
+    run = Run(folder / "run", {})
+    student.save_pretrained(folder / "run" / "model")
+    tiny_tokenizer().save_pretrained(folder / "run" / "model")
+    run.update(model={"path": teacher, "layers": 6, "dtype": "float32"}, groups=GROUPS, status="finished")
+    return folder
+
+
+def start(folder: Path, output: Path, module: Any, *, tokens: int = 512, trainer: Any = None, **over: Any) -> Path:
+    data = DistillationData(str(folder / "text.txt"), tokens, 16, 4, validation_tokens=64)
+    options = {"max_epochs": 1, "gradient_clip_val": 1.0} | (trainer or {})
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **options,
+    )
+    evaluation = EvaluationText([str(folder / "text.txt")], 256)
+    name = over.pop("method", "mp")
+    kwargs = {"student": str(folder / "run"), "evaluation": evaluation, "save_every": 2} | over
+    result = distil(module, data, trainer, method=name, options={}, output=output, **kwargs)
+    assert result is not None
+    return result
+
+
+def curve(output: Path) -> list[dict[str, float]]:
+    with open(output / "curves.csv") as opened:
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(opened)]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("mp", lambda: CoMeMP(lr=5e-3)),
+        ("sp", lambda: CoMeSP(lr=5e-3)),
+        ("kd", lambda: KD(lr=5e-3)),
+        ("lm", lambda: LM(lr=5e-3)),
+        ("lora", lambda: LoRA(lr=2e-2)),
+        ("hybrid", lambda: Hybrid(lr=5e-3, second_lr=5e-3)),
+    ],
+)
+def test_every_method_learns_and_saves_a_stock_model(name: str, module: Any, student_run: Path, tmp_path: Path) -> None:
+    import json
+
+    from transformers import AutoModelForCausalLM
+
+    if name == "lora":
+        pytest.importorskip("peft")
+    output = start(student_run, tmp_path / name, module(), tokens=2048, method=name)
+    info = json.loads((output / "run.json").read_text())
+    assert info["status"] == "finished" and info["tokens_seen"] == 2048 and info["tokens_per_second"] > 0
+    entry = info["perplexity"][str(student_run / "text.txt")]
+    assert {"dense", "before", "after"} <= entry.keys()
+    rows = curve(output)
+    first, last = rows[0]["loss"], sum(r["loss"] for r in rows[-3:]) / 3
+    if name not in ("hybrid", "lm", "lora"):  # random words teach a language model nothing
+        assert last < first
+    model, loaded = AutoModelForCausalLM.from_pretrained(output / "model", output_loading_info=True)
+    assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
+    assert model.config.num_hidden_layers == 4
+    before = pruned_pair()[1].state_dict()
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    layers = {k.split(".")[2] for k in changed if ".layers." in k}
+    assert layers == ({"1", "3"} if name in ("mp", "sp") else {"0", "1", "2", "3"})
+    assert (output / "distill.png").stat().st_size > 1000 and (output / "model" / "README.md").is_file()
+
+
+def test_rates_after_warm_up_and_at_the_end(student_run: Path, tmp_path: Path) -> None:
+    seen: dict[int, dict[str, float]] = {}
+
+    class Watched(CoMeMP):
+        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            super().optimizer_step(*args, **kwargs)
+            groups = self.trainer.optimizers[0].param_groups
+            seen[self.global_step] = {g["name"]: g["lr"] for g in groups}
+            assert [g["weight_decay"] for g in groups] == [1e-2, 1e-2]
+
+    start(student_run, tmp_path / "o", Watched(lr=[1e-3, 1e-5], warmup=0.25))
+    assert seen[2] == pytest.approx({"layer 1": 1e-3, "layer 3": 1e-5})  # the third of 8 steps, 2 of warm-up
+    expected = cosine(7, 8, 2, 0.0)
+    assert seen[7] == pytest.approx({"layer 1": 1e-3 * expected, "layer 3": 1e-5 * expected})
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(output / "model" / "model.safetensors")
+
+
+def test_one_layer_after_another_gives_what_all_at_once_gives(student_run: Path, tmp_path: Path) -> None:
+    joint = start(student_run, tmp_path / "joint", CoMeMP(lr=1e-3))
+    module = CoMeMP(lr=1e-3, schedule="sequential")
+    held: list[int] = []
+    whole = module._enter
+
+    def enter(phase: int) -> None:
+        whole(phase)
+        held.append(len(module.trainer.optimizers[0].state))
+
+    module._enter = enter  # type: ignore[method-assign]
+    sequential = start(student_run, tmp_path / "sequential", module)
+    one_layer = len(list(module.student.layers[1].parameters()))
+    assert max(held) <= one_layer  # optimizer state of one layer at a time
+    for (name, a), b in zip(weights(joint).items(), weights(sequential).values()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_resumed_run_has_the_curve_of_an_uninterrupted_one(student_run: Path, tmp_path: Path) -> None:
+    whole = start(student_run, tmp_path / "whole", CoMeMP(lr=1e-3))
+
+    class Killed(RuntimeError):
+        pass
+
+    class Dies(CoMeMP):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if batch_idx == 5:
+                raise Killed
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(Killed):
+        start(student_run, tmp_path / "cut", Dies(lr=1e-3))
+    assert len(curve(tmp_path / "cut")) == 5  # step 5 is in the curve, the checkpoint is of step 4
+    again = start(student_run, tmp_path / "cut", CoMeMP(lr=1e-3), resume=True)
+    assert curve(again) == curve(whole)
+    assert all(torch.equal(a, b) for a, b in zip(weights(again).values(), weights(whole).values()))
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient", "explosion"])
+def test_divergence_names_the_layer_and_keeps_good_weights(how: str, student_run: Path, tmp_path: Path) -> None:
+    class Breaks(CoMeMP):
+        def losses(self, batch: Any) -> dict[str, torch.Tensor]:
+            found = super().losses(batch)
+            if self.global_step == 5:
+                scale = {"loss": math.nan, "explosion": 1e4}.get(how, 1.0)
+                found["layer 3"] = found["layer 3"] * scale
+                if how == "gradient":
+                    found["layer 3"].register_hook(lambda g: g * math.nan)
+            return found
+
+    with pytest.raises(Diverged, match=r"layer 3 \(teacher layers 4\+5\).*step 5.*last good weights.*step=4"):
+        start(student_run, tmp_path / "o", Breaks(lr=1e-3))
+    saved = torch.load(next((tmp_path / "o" / "checkpoints").glob("step=*.ckpt")), weights_only=True)
+    assert all(bool(torch.isfinite(v).all()) for v in saved["state_dict"].values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": 7}, "layers of the dense model is 6 .* 7"),
+        ({"hidden_size": 40}, "hidden_size is 32 .* 40"),
+        ({"vocab_size": 99}, "vocab_size is 97 .* 99"),
+    ],
+)
+def test_a_student_of_another_teacher_is_refused(
+    change: dict[str, int], message: str, student_run: Path, tmp_path: Path
+) -> None:
+    other = save_tiny(tmp_path / "other", **({"layers": 6} | change))
+    with pytest.raises(Misfit, match=message):
+        start(student_run, tmp_path / "o", CoMeMP(), teacher=other)
+
+
+def test_another_tokenizer_is_refused(student_run: Path, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(student_run / "teacher", other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["w5"], vocabulary["w6"] = vocabulary["w6"], vocabulary["w5"]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(Misfit, match="id of 'w5' is 8 for the student, 9 for the teacher"):
+        start(student_run, tmp_path / "o", CoMeMP(), teacher=str(other))
+
+
+def test_hybrid_trains_merged_layers_first(student_run: Path, tmp_path: Path) -> None:
+    seen: dict[int, set[int]] = {}
+
+    class Watched(Hybrid):
+        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            before = [p.detach().clone() for la in self.student.layers for p in la.parameters()]
+            step = self.global_step
+            super().optimizer_step(*args, **kwargs)
+            after = [p for la in self.student.layers for p in la.parameters()]
+            each = len(after) // 4
+            seen[step] = {i // each for i, (a, b) in enumerate(zip(before, after)) if not torch.equal(a, b)}
+
+    start(student_run, tmp_path / "o", Watched(merged_first=0.5), method="hybrid")
+    assert seen[1] == seen[3] == {1, 3} and seen[4] == seen[7] == {0, 1, 2, 3}

@@ -1,0 +1,192 @@
+"""Whole runs through Lightning's Trainer, in this process, on tiny models and made-up windows."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_ids, tiny_model
+from lightning import LightningDataModule, Trainer
+from torch.utils.data import DataLoader
+
+from come_pl.decoder import Decoder
+from come_pl.pruning.loop import ProgressivePruning, PruningBar
+from come_pl.pruning.methods.come import CoMe
+from come_pl.pruning.methods.come_p import CoMeP
+from come_pl.pruning.module import NotFinite, PruningModule
+from come_pl.record import Record, replay
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+LAYERS = 6
+
+
+class Windows(LightningDataModule):
+    """Random windows, every third padded on the right."""
+
+    def __init__(self, batch: int = 2, count: int = 6, seq: int = 12):
+        super().__init__()
+        ids = tiny_ids(count, seq)
+        lengths = torch.tensor([seq if i % 3 else seq - 5 for i in range(count)])
+        mask = torch.arange(seq) < lengths[:, None]
+        self.items = [{"input_ids": i, "mask": m} for i, m in zip(ids, mask)]
+        self.batch = batch
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.items, batch_size=self.batch)  # type: ignore[arg-type]
+
+
+def prune(
+    tmp_path: Path,
+    *,
+    method: CoMe | None = None,
+    target: int = 3,
+    model: Any = None,
+    record: Record | None = None,
+    batch: int = 2,
+    trainer: dict[str, Any] | None = None,
+    after_step: Any = None,
+    **options: Any,
+) -> PruningModule:
+    method = method or CoMe()
+    model = tiny_model(layers=LAYERS) if model is None else model
+    module = PruningModule(**options)
+    tmp_path.mkdir(exist_ok=True)
+    record = record or Record(LAYERS, tmp_path / "record.jsonl")
+    module.attach(model, record, needs=method.needs, span=method.span)
+    settings: dict[str, Any] = {"max_epochs": -1, "logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    settings |= {"enable_model_summary": False, "enable_progress_bar": False, "default_root_dir": tmp_path}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        callback = ProgressivePruning(method, target, after_step)
+        Trainer(callbacks=[callback], **(settings | (trainer or {}))).fit(module, Windows(batch))
+    return module
+
+
+def lines(module: PruningModule) -> list[str]:
+    """The record without what a clock and the kernel say."""
+    for step in module.record.steps:
+        step.seconds = step.peak_gib = 0.0
+    return [step.to_json() for step in module.record.steps]
+
+
+@pytest.mark.parametrize("method", [CoMe(), CoMeP(granularity=4), CoMe(skip_method="sleb", norm="fold")])
+def test_a_run_reaches_its_target_and_can_be_replayed(tmp_path: Path, method: CoMe):
+    dense = tiny_model(layers=LAYERS)
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+    depths: list[int] = []
+    module = prune(
+        tmp_path,
+        method=method,
+        model=dense,
+        after_step=lambda m: depths.append(len(Record.read(tmp_path / "record.jsonl", LAYERS).groups)),
+    )
+    assert depths == [5, 4, 3], "the record on disk has each step before anything else is done with it"
+    assert len(module.student) == module.record.layers == module.student.config.num_hidden_layers == 3
+    assert sum(module.record.groups, []) == list(range(LAYERS))
+    for step in module.record.steps:
+        assert step.loss is not None and step.kl is not None and step.seconds > 0 and step.peak_gib > 0
+        assert step.kl > 0 and math.isfinite(step.loss)
+    losses = [step.kl for step in module.record.steps]
+    assert len(set(losses)) == 3, "the student that is monitored changes"
+    again = replay(Record.read(tmp_path / "record.jsonl", LAYERS), dense)
+    expected = module.student_model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in again.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+
+
+@pytest.mark.parametrize("method", [CoMe(merge_item=3), CoMeP(granularity=4), CoMe(skip_method="sleb")])
+def test_the_cache_changes_nothing(tmp_path: Path, method: CoMe):
+    """Invariant 7, as far as the written record."""
+    records = [lines(prune(tmp_path / c, method=method, target=2, cache=c)) for c in ("ram", "none")]  # type: ignore[arg-type]
+    assert records[0] == records[1] and len(records[0]) >= 2
+
+
+def test_batch_size_changes_no_decision(tmp_path: Path):
+    chosen = []
+    for batch in (1, 2, 6):
+        module = prune(tmp_path, batch=batch, monitor=6)
+        chosen.append([(s.layers, s.kept) for s in module.record.steps])
+        losses = [s.loss for s in module.record.steps]
+        assert losses == pytest.approx([s.loss for s in prune(tmp_path, monitor=6).record.steps], rel=1e-5)
+    assert chosen[0] == chosen[1] == chosen[2]
+
+
+def test_max_steps_stops_early_and_the_record_goes_on(tmp_path: Path):
+    """A run in two halves writes what a run in one does."""
+    whole = prune(tmp_path / "whole")
+    first = prune(tmp_path / "half", trainer={"max_steps": 1})
+    assert first.record.layers == 5 and len(first.record.steps) == 1
+    record = Record.read(tmp_path / "half" / "record.jsonl", LAYERS)
+    second = prune(tmp_path / "half", record=record)
+    assert second.record.layers == 3
+    assert lines(second) == lines(whole)
+    states = [m.student_model.state_dict() for m in (whole, second)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_a_last_step_that_removes_fewer(tmp_path: Path):
+    module = prune(tmp_path, method=CoMe(merge_item=3), target=3)
+    assert [len(s.layers) for s in module.record.steps] == [3, 2]
+    assert len(module.record.steps[1].scores["span_distance"]) == 3
+
+
+@pytest.mark.parametrize("norm", ["mean", "fold"])
+def test_bfloat16(tmp_path: Path, norm: Any):
+    model = tiny_model(layers=LAYERS).to(torch.bfloat16)
+    module = prune(tmp_path, model=model, method=CoMe(norm=norm))
+    assert module.record.layers == 3
+    assert {p.dtype for p in module.student_model.parameters()} == {torch.bfloat16}
+    assert all(step.loss is not None and math.isfinite(step.loss) for step in module.record.steps)
+    replayed = replay(Record.read(tmp_path / "record.jsonl", LAYERS), tiny_model(layers=LAYERS).to(torch.bfloat16))
+    expected = module.student_model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in replayed.state_dict().items())
+
+
+@pytest.mark.parametrize("where", ["weights", "stream"])
+def test_overflow_is_one_clear_error(tmp_path: Path, where: str):
+    model = tiny_model(layers=LAYERS)
+    with torch.no_grad():
+        if where == "weights":
+            model.model.layers[2].mlp.down_proj.weight[0, 0] = math.nan
+        else:
+            model.model.layers[2].mlp.down_proj.weight.fill_(3e38)
+    with pytest.raises(NotFinite, match="not finite"):
+        prune(tmp_path, model=model)
+    assert not (tmp_path / "record.jsonl").exists()
+
+
+def test_at_least_one_window_is_monitored():
+    with pytest.raises(ValueError, match="monitor 0"):
+        PruningModule(monitor=0)
+
+
+def test_checkpoints_hold_no_weights(tmp_path: Path):
+    module = prune(tmp_path, target=5)
+    assert module.state_dict() == {}
+    assert len(Decoder(module.teacher_model)) == LAYERS
+
+
+def test_the_bar_says_what_an_epoch_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    module = PruningModule()
+    module.attach(tiny_model(layers=LAYERS), Record(LAYERS), needs=CoMe.needs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = Trainer(
+            callbacks=[PruningBar(), ProgressivePruning(CoMe(), 4)],
+            max_epochs=-1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            accelerator="cpu",
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(module, Windows())
+    out = "".join(capsys.readouterr())
+    assert "measuring 6 layers" in out
+    lowest = module.record.steps[0].layers[0]
+    assert "measuring 5 layers" + (f", from layer {lowest}" if lowest else "") in out

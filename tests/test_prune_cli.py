@@ -1,0 +1,366 @@
+"""`python prune.py` as a user types it: results, resuming, several processes, and every way to get it wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from cli import ROOT, kill_when, records, run
+from conftest import save_tiny
+
+from come_pl.cli.common import normalise, scan
+from come_pl.cli.prune import ALIASES, LISTS, SWITCHES, prune_main
+from come_pl.runs import read_run
+
+SMALL = ("--data.tokens", 512, "--data.seqlen", 32, "--evaluation.tokens", 512, "--seed", 3)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny(folder, layers=6)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Words in a fixed disorder, enough for any budget here."""
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    order = torch.randint(0, 90, (40_000,), generator=torch.Generator().manual_seed(1)).tolist()
+    file.write_text(" ".join(f"w{i}" for i in order))
+    return file
+
+
+@pytest.fixture(scope="module")
+def done(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, 6 → 3 layers, by the command line."""
+    folder = tmp_path_factory.mktemp("done")
+    result = run("prune.py", *basic(tiny, text, folder / "run"), "--continue-saving", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert "6 → 3" in result.stdout and "perplexity" in result.stdout
+    return folder / "run"
+
+
+def basic(tiny: Path, text: Path, output: Path) -> list[object]:
+    return [
+        *("--model.path", tiny, "--data.calibration", text, "--evaluation.data", text, "--output", output),
+        *("--target_layers", 3, *SMALL),
+    ]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model" / "model.safetensors").read_bytes()
+
+
+def test_everything_is_written(done: Path, tiny: Path) -> None:
+    names = {p.name for p in done.iterdir()}
+    assert {"model", "model-5", "model-4", "record.jsonl", "run.json", "merge_map.png", "importance.png", "logs"} <= names
+    info = read_run(done)
+    assert info["status"] == "finished"
+    assert info["data"]["tokens"] == 512 and info["data"]["windows"] == 16
+    assert info["parameters"]["dense"] - info["parameters"]["pruned"] == 3 * info["parameters"]["layer"]
+    assert {"torch", "transformers", "lightning", "come_pl"} <= set(info["versions"])
+    steps = [json.loads(line) for line in (done / "record.jsonl").read_text().splitlines()]
+    keys = {"step", "kind", "layers", "ratio", "scores", "groups", "seconds", "peak_gib", "loss", "kl"}
+    assert len(steps) == 3 and all(keys <= set(step) for step in steps)
+    assert [len(step["groups"]) for step in steps] == [5, 4, 3]
+    assert sorted(sum(steps[-1]["groups"], [])) == list(range(6))
+    logged = (done / "logs" / "metrics.csv").read_text().splitlines()
+    assert len(logged) == 4 and {"layers", "loss", "kl"} <= set(logged[0].split(","))
+    card = (done / "model" / "README.md").read_text()
+    assert "6 → 3 layers" in card and "AutoModelForCausalLM" in card
+
+
+def test_the_saved_model_is_stock(done: Path) -> None:
+    """Loads, computes and generates in a process that never imports this package."""
+    script = f"""
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+for name, layers in (("model", 3), ("model-4", 4), ("model-5", 5)):
+    model, info = AutoModelForCausalLM.from_pretrained({str(done)!r} + "/" + name, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    assert len(model.model.layers) == layers
+    ids = torch.tensor([[5, 6, 7]])
+    cached = model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=True)
+    assert torch.equal(cached, model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=False))
+AutoTokenizer.from_pretrained({str(done)!r} + "/model")
+assert "come_pl" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd="/")
+
+
+def test_perplexity_in_run_json_is_that_of_the_saved_model(done: Path, tiny: Path, text: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    words = AutoTokenizer.from_pretrained(tiny)(text.read_text(), add_special_tokens=False).input_ids[:512]
+    ids = torch.tensor(words).view(-1, 32)
+    for which, folder in (("dense", tiny), ("pruned", done / "model")):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            expected = model(ids, labels=ids).loss.exp().item()
+        assert read_run(done)["perplexity"][str(text)][which] == pytest.approx(expected, rel=1e-4)
+
+
+def test_two_processes_give_the_same_record(done: Path, tiny: Path, text: Path, tmp_path: Path) -> None:
+    arguments = basic(tiny, text, tmp_path / "run")
+    result = run("prune.py", *arguments, "--trainer.devices", 2, "--trainer.accelerator", "cpu", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert records(tmp_path / "run") == records(done)
+    assert weights(tmp_path / "run") == weights(done)
+    assert read_run(tmp_path / "run")["devices"] == 2
+
+
+@pytest.mark.parametrize("point", ["before the first step", "after step 1", "after step 2", "while saving"])
+def test_killed_and_run_again_gives_the_identical_model(
+    done: Path, tiny: Path, text: Path, tmp_path: Path, point: str
+) -> None:
+    output = tmp_path / "run"
+    record = output / "record.jsonl"
+
+    def lines() -> int:
+        return record.read_text().count("\n") if record.is_file() else 0
+
+    condition = {
+        "before the first step": lambda: (output / "run.json").is_file(),
+        "after step 1": lambda: lines() >= 1,
+        "after step 2": lambda: lines() >= 2,
+        "while saving": lambda: (output / ".model.partial").is_dir() or (output / "model").is_dir(),
+    }[point]
+    kill_when(condition, "prune.py", *basic(tiny, text, output), cwd=tmp_path)
+    assert read_run(output)["status"] == "running"
+    again = run("prune.py", *basic(tiny, text, output), cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert records(output) == records(done)
+    assert weights(output) == weights(done)
+    assert not list(output.glob(".*partial"))
+
+
+def test_finished_run_is_not_run_again(done: Path, tiny: Path, text: Path) -> None:
+    before = (done / "record.jsonl").stat().st_mtime_ns
+    result = run("prune.py", *basic(tiny, text, done), cwd=done.parent)
+    assert result.returncode == 0 and "finished already" in result.stdout
+    assert (done / "record.jsonl").stat().st_mtime_ns == before
+
+
+def test_disk_that_fills_up_leaves_no_model(tiny: Path, text: Path, tmp_path: Path) -> None:
+    """A file size limit stands for a full disk: the weights cannot be written."""
+    import resource
+
+    def limit() -> None:
+        size = (tiny / "model.safetensors").stat().st_size // 3
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    words = [sys.executable, str(ROOT / "prune.py"), *map(str, basic(tiny, text, tmp_path / "run"))]
+    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "run" / "model").exists() and not list((tmp_path / "run").glob(".model*"))
+    assert read_run(tmp_path / "run")["status"] == "running"
+
+
+# -- bad input: one clear line, exit code 2, nothing half-written ---------------------------------------------------
+
+
+def refuse(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
+    monkeypatch.setattr(sys, "argv", ["prune.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        prune_main()
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "error: " in last
+    return last
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--target_layers", 6), "target_layers 6: the model has 6 layers; expected a depth from 1 to 5"),
+        (("--target_layers", 0), "target_layers 0"),
+        (("--target_layers", -2), "target_layers -2"),
+        (("--sparsity", 1.5), "sparsity 1.5"),
+        (("--sparsity", 0), "sparsity 0"),
+        (("--sparsity", 0.99), "would leave none"),
+        (("--target_layers", 3, "--sparsity", 0.3), "give one"),
+        (("--target_layers", 3, "--method", "comee"), "did you mean 'come'"),
+        (("--target_layers", 3, "--method.rho", 1.5), "rho 1.5"),
+        (("--target_layers", 3, "--method.merge_item", 1), "merge_item 1"),
+        (("--target_layers", 3, "--method", "come", "--granularity", 5), "granularity"),
+        (("--target_layers", 3, "--data.calibration", "no/such.txt"), "no/such.txt"),
+        (("--target_layers", 3, "--data.tokens", 8, "--data.seqlen", 32), "tokens"),
+        (("--target_layers", 3, "--trainer.strategy", "nonsense"), "nonsense"),
+        (("--target_layers", 3, "--model.dtype", "float7"), "float7"),
+        (("--target_layers", "three"), "three"),
+        (("--target_layers", 3, "--no_such_option", 1), "no_such_option"),
+        (("--config", "no_such.yaml"), "no_such.yaml"),
+    ],
+)
+def test_bad_settings(
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny: Path,
+    text: Path,
+    tmp_path: Path,
+    arguments: tuple,
+    expected: str,
+) -> None:
+    output = tmp_path / "run"
+    fixed = ["--model.path", tiny, "--data.calibration", text, "--evaluation.data", text, "--output", output, *SMALL]
+    assert expected in refuse(capsys, monkeypatch, *fixed, *arguments)
+    assert not list(output.glob("model*"))
+
+
+def test_model_that_is_not_there(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    output = ("--output", tmp_path / "run")
+    assert "does not exist" in refuse(capsys, monkeypatch, "--model.path", tmp_path / "nothing", *output)
+    assert "no config.json" in refuse(capsys, monkeypatch, "--model.path", tmp_path, *output)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "cannot be reached" in refuse(capsys, monkeypatch, "--model.path", "nobody/nothing", *output)
+    assert "is not installed" in refuse(capsys, monkeypatch, "--model.path", "package:no_such_package", *output)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_family(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from transformers import GPT2Config
+
+    GPT2Config().save_pretrained(tmp_path / "gpt2")
+    line = refuse(capsys, monkeypatch, "--model.path", tmp_path / "gpt2", "--output", tmp_path / "run")
+    assert "'gpt2' is not supported" in line and "llama" in line and "decoder.py" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_not_finite(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = shutil.copytree(tiny, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    name = next(n for n in tensors if "layers.2.mlp" in n)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    line = refuse(capsys, monkeypatch, *basic(broken, text, tmp_path / "run"))
+    assert "NaN" in line and "layers.2.mlp" in line
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_text_too_short(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "short.txt").write_text("w1 w2 w3")
+    arguments = basic(tiny, text, tmp_path / "run")
+    assert "short.txt" in refuse(capsys, monkeypatch, *arguments, "--data.calibration", tmp_path / "short.txt")
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_folder_of_another_run(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tiny: Path, text: Path, done: Path, tmp_path: Path
+) -> None:
+    before = weights(done)
+    line = refuse(capsys, monkeypatch, *basic(tiny, text, done), "--method.rho", 0.5)
+    assert "holds another run (method.rho is 0.0 there, 0.5 here)" in line
+    assert weights(done) == before
+    (tmp_path / "mine.txt").write_text("not to be touched")
+    assert "not empty" in refuse(capsys, monkeypatch, *basic(tiny, text, tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_folder_that_cannot_be_written(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refuse(capsys, monkeypatch, *basic(tiny, text, tmp_path / "file" / "run"))
+
+    def read_only(self: Path, *_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system", str(self))
+
+    monkeypatch.setattr(Path, "write_text", read_only)
+    assert "Read-only" in refuse(capsys, monkeypatch, *basic(tiny, text, tmp_path / "other"))
+
+
+def test_disk_without_room(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 10, 10))
+    line = refuse(capsys, monkeypatch, *basic(tiny, text, tmp_path / "run"))
+    assert "GiB free" in line and "needed" in line
+    assert not (tmp_path / "run" / "record.jsonl").exists()
+
+
+# -- the words of the command line ------------------------------------------------------------------------------------
+
+
+def words(*argv: str) -> list[str]:
+    return normalise(argv, ALIASES, SWITCHES, LISTS)
+
+
+def test_official_commands_are_understood() -> None:
+    official = (
+        "--method concat_merge --model-name m --target-layers 22 --save-path out --continue-saving --seed 10 "
+        "--calibration-dataset wiki2 --nsamples 256 --skip-method bi --merge-item 2 --wo-repeat --ppl-data wiki2 c4"
+    )
+    assert words(*official.split()) == [
+        "--method.name=concat_merge",
+        "--model.path=m",
+        "--target_layers=22",
+        "--output=out",
+        "--continue_saving=true",
+        "--seed=10",
+        "--data.calibration=wiki2",
+        "--data.nsamples=256",
+        "--method.skip_method=bi",
+        "--method.merge_item=2",
+        "--method.wo_repeat=true",
+        "--evaluation.data=['wiki2', 'c4']",
+    ]
+
+
+def test_words_are_normalised_once() -> None:
+    """Further processes get the rewritten words and rewrite them again."""
+    once = words("--method", "come_p", "--granularity=5", "--wo_repeat", "--trainer.max-steps", "-1", "--data.tokens=9")
+    assert words(*once) == once
+    assert once == [
+        *("--method.name=come_p", "--method.granularity=5", "--method.wo_repeat=true", "--trainer.max_steps=-1"),
+        "--data.tokens=9",
+    ]
+
+
+def test_method_comes_from_flag_then_last_config(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("method: {name: come_p}")
+    (tmp_path / "b.yaml").write_text("method: come")
+    first, second = f"--config={tmp_path / 'a.yaml'}", f"--config={tmp_path / 'b.yaml'}"
+    assert scan([], "method", "come") == "come"
+    assert scan([first], "method", "x") == "come_p"
+    assert scan([first, second], "method", "x") == "come"
+    assert scan(["--method.name=y", first], "method", "x") == "y"
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("prune_*.yaml")), ids=lambda p: p.stem)
+def test_every_config_loads(config: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert config.read_text().startswith(f"# python prune.py --config configs/{config.name}")
+    monkeypatch.setattr(sys, "argv", ["prune.py", "--config", str(config), "--print_config"])
+    with pytest.raises(SystemExit) as stop:
+        prune_main()
+    assert stop.value.code in (0, None)
+    printed = yaml.safe_load(capsys.readouterr().out)
+    for group, values in yaml.safe_load(config.read_text()).items():
+        chosen = printed[group]
+        assert chosen == values if not isinstance(values, dict) else values.items() <= chosen.items()
+
+
+def test_help_explains_every_option(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["prune.py", "--help"])
+    with pytest.raises(SystemExit):
+        prune_main()
+    page = capsys.readouterr().out
+    for option in ("--target_layers", "--sparsity", "--output", "--method.rho", "--method.wo_repeat", "--data.tokens"):
+        assert option in page
+    assert "Least share of the dominant layer" in page and "Text source" in page
