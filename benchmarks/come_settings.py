@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--evaluation_tokens", type=int, default=32768)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--target", type=int, default=21)
+    parser.add_argument("--dtype", default="float32", help="float32, or bfloat16 to look around quickly")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "come_settings.csv")
     arguments = parser.parse_args()
@@ -61,7 +62,7 @@ def main() -> None:
         tokens=arguments.evaluation_tokens,
         seqlen=arguments.seqlen,
     )
-    dense = models.load_model(arguments.model)
+    dense = models.load_model(arguments.model, arguments.dtype)
     before = perplexity(dense, held.input_ids, held.mask, title="dense").token
     for name, changes, tokens, seed in ROWS:
         options = {k: v for k, v in RELEASED.items() if name == "come" or k not in ("p", "rho")} | changes

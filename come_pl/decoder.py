@@ -246,3 +246,12 @@ class Decoder:
         logits = self.model.get_output_embeddings()(hidden)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def attention_mask(mask: Tensor) -> Tensor | None:
+    """What the model gets: None for windows without padding, which keeps attention kernels on their fast path. A window
+    of weight zero (no token counts) is run as if it were whole."""
+    if bool(mask.all()):
+        return None
+    mask = mask | ~mask.any(1, keepdim=True)
+    return None if bool(mask.all()) else mask.long()

@@ -151,20 +151,21 @@ class LayerStatistics(Metric):
         self.windows += has_tokens.sum()
         units: dict[int, Tensor] = {}
 
-        def cosine(first: int, second: int) -> Tensor:
+        def chord(first: int, second: int) -> Tensor:
+            """|u − v| of the unit vectors: 1 − cos = |u − v|² / 2 and arccos(cos) = 2 arcsin(|u − v| / 2), which keep
+            their digits where cos is near 1, as it is between adjacent layers."""
             for boundary in (first, second):
                 if boundary not in units:
-                    # fp64: near 1, where adjacent layers are, 1 − cos and arccos lose most digits of fp32
-                    units[boundary] = F.normalize(states[boundary].to(precise), dim=-1)
-            return torch.einsum("bsd,bsd->bs", units[first], units[second])
+                    units[boundary] = F.normalize(states[boundary].float(), dim=-1)
+            return torch.linalg.vector_norm(units[first] - units[second], dim=-1).to(precise)
 
         for boundary in range(start + 1, self.depth + 1):
             units.pop(boundary - self.span - 1, None)
-            influence = 1 - cosine(boundary - 1, boundary).clamp(0, 1)
+            influence = (chord(boundary - 1, boundary) ** 2 / 2).clamp(0, 1)
             self.sum_influence[boundary - 1] += (influence * weight).sum()
             for column, size in enumerate(self.sizes):
                 if boundary >= size:
-                    distance = cosine(boundary - size, boundary).clamp(-1, 1).arccos() / math.pi
+                    distance = 2 * (chord(boundary - size, boundary) / 2).clamp(max=1).arcsin() / math.pi
                     self.sum_span_all[boundary, column] += (distance * weight).sum()
                     at_last = distance.gather(1, last[:, None]).squeeze(1)
                     self.sum_span_last[boundary, column] += (at_last * has_tokens).sum()
@@ -226,15 +227,6 @@ def token_divergences(student: Decoder, hidden: Tensor, teacher: Decoder, teache
         log_teacher = teacher.logits(teacher_hidden[:, part]).float().log_softmax(-1)
         divergences.append((log_teacher.exp() * (log_teacher - log_student)).sum(-1))
     return torch.cat(divergences, 1)
-
-
-def attention_mask(mask: Tensor) -> Tensor | None:
-    """What the model gets: None for windows without padding, which keeps attention kernels on their fast path. A window
-    of weight zero (no token counts) is run as if it were whole."""
-    if bool(mask.all()):
-        return None
-    mask = mask | ~mask.any(1, keepdim=True)
-    return None if bool(mask.all()) else mask.long()
 
 
 def states_for(found: dict[int, Tensor], below: Sequence[Tensor]) -> dict[int, Tensor]:

@@ -12,12 +12,12 @@ from conftest import FAMILIES, VOCABULARY, tiny_ids, tiny_model
 from torch import Tensor
 
 from come_pl import taps
-from come_pl.decoder import Decoder
+from come_pl.decoder import Decoder, attention_mask
 from come_pl.evaluation.perplexity import perplexity
 from come_pl.pruning.methods.come import CoMe
 from come_pl.pruning.module import PruningModule
 from come_pl.record import Record, Step
-from come_pl.taps import LayerStatistics, attention_mask, boundaries, projection_inputs
+from come_pl.taps import LayerStatistics, boundaries, projection_inputs
 
 LENGTHS = (12, 7, 12, 1, 9)
 
@@ -137,6 +137,22 @@ def test_last_boundary_is_before_the_final_norm():
     torch.testing.assert_close(decoder.base.norm(states[4]), final)
     assert not torch.allclose(states[4], outputs[-1], atol=0.1)
     assert torch.equal(states[3], outputs[3]) and torch.equal(states[0], outputs[0])
+
+
+def test_small_angles_keep_their_digits():
+    """Late in a deep model neighbours differ by 1e-7 and less in cosine, which is what fp32 rounds away."""
+    torch.manual_seed(0)
+    first = torch.randn(1, 400, 64)
+    states = {0: first, 1: first + 1e-3 * torch.randn_like(first), 2: -first}
+    exact = {b: s.double() for b, s in states.items()}
+    cosine = F.cosine_similarity(exact[0], exact[1], dim=-1)
+    statistics = LayerStatistics(2, 1)
+    statistics.update(states, torch.ones(1, 400, dtype=torch.bool))
+    found = statistics.compute()
+    assert float((1 - cosine).mean()) < 1e-6
+    torch.testing.assert_close(found["block_influence"][0], (1 - cosine).mean(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(found["span_all"][0], (cosine.arccos() / math.pi).mean(), rtol=1e-4, atol=0)
+    assert float(found["block_influence"][1]) == 1 and float(found["span_all"][1]) == pytest.approx(1, abs=1e-3)
 
 
 def test_hooks_are_removed_again():

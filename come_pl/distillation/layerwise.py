@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from come_pl.decoder import attention_mask
 from come_pl.distillation.losses import StateLoss, logit_divergence, state_loss
 from come_pl.distillation.module import DistillationModule, streams
 from come_pl.distillation.rates import Rates, cosine
-from come_pl.pruning.module import attention_mask
 
 
 class CoMeMP(DistillationModule):

@@ -12,9 +12,8 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from come_pl.decoder import Decoder
+from come_pl.decoder import Decoder, attention_mask
 from come_pl.distillation.rates import Rates, cosine, learning_rates
-from come_pl.pruning.module import attention_mask
 
 Trainable = Literal["merged", "layers", "all"]
 OTHERS = "others"  # the parameter group of layers that were not merged

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from come_pl.decoder import Decoder
-from come_pl.taps import attention_mask, targets_of, token_losses
+from come_pl.decoder import Decoder, attention_mask
+from come_pl.taps import targets_of, token_losses
 
 
 @dataclass(frozen=True)

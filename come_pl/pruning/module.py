@@ -11,12 +11,11 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from come_pl import record as records
-from come_pl.decoder import Decoder
+from come_pl.decoder import Decoder, attention_mask
 from come_pl.record import Record, Step
 from come_pl.surgery import share
 from come_pl.taps import (
     LayerStatistics,
-    attention_mask,
     boundaries,
     projection_inputs,
     states_for,
