@@ -26,13 +26,20 @@ from come_pl.record import Meter, Record
 
 RELEASED = {"norm": "mean", "p": 1.0, "rho": 0.0, "wo_repeat": True, "span_tokens": "last"}
 ROWS: list[tuple[str, dict, int, int]] = [  # method, options over RELEASED, tokens, seed
-    *(("come", {"span_tokens": s}, 19456, seed) for seed in (0, 1, 2) for s in ("last", "all")),
-    *(("come", {"span_tokens": "all", "norm": n}, 19456, 0) for n in ("dominant", "fold")),
-    *(("come", {"span_tokens": "all", "wo_repeat": False, "norm": n}, 19456, 0) for n in ("mean", "fold")),
-    *(("come", {"span_tokens": "all", "rho": r, "norm": "fold"}, 19456, 0) for r in (0.5, 0.9, 0.97)),
-    *(("come", {"span_tokens": "all", "rho": r, "norm": "fold", "wo_repeat": False}, 19456, 0) for r in (0.5, 0.9, 0.97)),
-    *(("come", {"span_tokens": "all", "rho": r}, 19456, 0) for r in (0.5, 0.9, 0.97)),
-    *(("come", {"span_tokens": "all"}, t, 0) for t in (4096, 8192, 32768, 65536)),
+    ("come", {"span_tokens": "all"}, 19456, 0),
+    ("come", {}, 19456, 0),
+    ("come", {"span_tokens": "all", "wo_repeat": False}, 19456, 0),
+    ("come", {"span_tokens": "all", "norm": "fold"}, 19456, 0),
+    ("come", {"span_tokens": "all", "rho": 0.9}, 19456, 0),
+    ("come", {"span_tokens": "all", "rho": 0.9, "wo_repeat": False}, 19456, 0),
+    ("come", {"span_tokens": "all", "rho": 0.97, "norm": "fold", "wo_repeat": False}, 19456, 0),
+    ("come", {"span_tokens": "all", "rho": 0.5}, 19456, 0),
+    ("come", {"span_tokens": "all", "rho": 0.97}, 19456, 0),
+    ("come", {"span_tokens": "all", "norm": "dominant"}, 19456, 0),
+    ("come", {"span_tokens": "all"}, 4096, 0),
+    ("come", {"span_tokens": "all"}, 65536, 0),
+    ("come", {"span_tokens": "all"}, 19456, 1),
+    ("come", {}, 19456, 1),
     ("come_p", {"span_tokens": "all", "granularity": 10}, 4096, 0),
 ]
 COLUMNS = ["method", "options", "tokens", "seed", "dense", "pruned", "ratio", "seconds", "peak_gib", "sites"]
@@ -53,7 +60,8 @@ def main() -> None:
     quiet()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     torch.set_num_threads(arguments.threads)
-    seen = list(csv.DictReader(open(arguments.out))) if arguments.out.is_file() else []
+    table = arguments.out.read_text().splitlines() if arguments.out.is_file() else []
+    seen = {(r["method"], r["options"], r["tokens"], r["seed"]) for r in csv.DictReader(table)}
     tokenizer = models.load_tokenizer(arguments.model)
     held = token_windows(
         arguments.evaluation,
@@ -67,12 +75,14 @@ def main() -> None:
     for name, changes, tokens, seed in ROWS:
         options = {k: v for k, v in RELEASED.items() if name == "come" or k not in ("p", "rho")} | changes
         written = " ".join(f"{k}={v}" for k, v in options.items())
-        if any((r["method"], r["options"], r["tokens"], r["seed"]) == (name, written, str(tokens), str(seed)) for r in seen):
+        if any(
+            (r["method"], r["options"], r["tokens"], r["seed"]) == (name, written, str(tokens), str(seed)) for r in seen
+        ):
             continue
         data = CalibrationData(arguments.calibration, tokens=tokens, seqlen=arguments.seqlen)
         data.attach(tokenizer, bos=False, seed=seed)
         method = find(name)[1](**options)
-        module, record = PruningModule(), Record(dense.config.num_hidden_layers)
+        module, record = PruningModule(monitor=1), Record(dense.config.num_hidden_layers)
         module.attach(dense, record, needs=method.needs, span=method.span)
         meter = Meter()
         trainer = Trainer(

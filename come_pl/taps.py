@@ -218,15 +218,21 @@ def token_losses(decoder: Decoder, hidden: Tensor, input_ids: Tensor, mask: Tens
     return torch.cat(losses, 1).where(counted, 0.0)
 
 
-def token_divergences(student: Decoder, hidden: Tensor, teacher: Decoder, teacher_hidden: Tensor) -> Tensor:
-    """KL(teacher ‖ student) of the next-token distributions in nats, (batch, seq), from final hidden states."""
+def losses_and_divergences(
+    student: Decoder, hidden: Tensor, teacher: Decoder, teacher_hidden: Tensor, input_ids: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(`token_losses` of the student (batch, seq − 1), KL(teacher ‖ student) of the next-token distributions in nats
+    (batch, seq), 0 at padding), from final hidden states; the student's logits are computed once for both."""
     batch, seq = hidden.shape[:2]
-    divergences: list[Tensor] = []
+    following = F.pad(input_ids[:, 1:], (0, 1))
+    losses, divergences = [], []
     for part in _chunks(student, 2 * batch, seq):
         log_student = student.logits(hidden[:, part]).float().log_softmax(-1)
+        losses.append(-log_student.gather(-1, following[:, part, None]).squeeze(-1))
         log_teacher = teacher.logits(teacher_hidden[:, part]).float().log_softmax(-1)
-        divergences.append((log_teacher.exp() * (log_teacher - log_student)).sum(-1))
-    return torch.cat(divergences, 1)
+        divergences.append(F.kl_div(log_student, log_teacher, log_target=True, reduction="none").sum(-1))
+    loss = torch.cat(losses, 1)[:, :-1].where(targets_of(mask), 0.0)
+    return loss, torch.cat(divergences, 1).where(mask, 0.0)
 
 
 def states_for(found: dict[int, Tensor], below: Sequence[Tensor]) -> dict[int, Tensor]:

@@ -60,7 +60,16 @@ def weights(folder: Path) -> bytes:
 
 def test_everything_is_written(done: Path, tiny: Path) -> None:
     names = {p.name for p in done.iterdir()}
-    assert {"model", "model-5", "model-4", "record.jsonl", "run.json", "merge_map.png", "importance.png", "logs"} <= names
+    assert {
+        "model",
+        "model-5",
+        "model-4",
+        "record.jsonl",
+        "run.json",
+        "merge_map.png",
+        "importance.png",
+        "logs",
+    } <= names
     info = read_run(done)
     assert info["status"] == "finished"
     assert info["data"]["tokens"] == 512 and info["data"]["windows"] == 16
@@ -215,7 +224,9 @@ def test_bad_settings(
     assert not list(output.glob("model*"))
 
 
-def test_model_that_is_not_there(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_model_that_is_not_there(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     output = ("--output", tmp_path / "run")
     assert "does not exist" in refuse(capsys, monkeypatch, "--model.path", tmp_path / "nothing", *output)
     assert "no config.json" in refuse(capsys, monkeypatch, "--model.path", tmp_path, *output)

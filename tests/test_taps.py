@@ -356,13 +356,14 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch, positions: int):
     decoder, other = Decoder(model), Decoder(tiny_model(seed=7))
     with torch.no_grad():
         hidden, there = decoder.run(ids), other.run(ids)
-        divergences = taps.token_divergences(decoder, hidden, other, there)
+        both = taps.losses_and_divergences(decoder, hidden, other, there, ids, mask)
+        torch.testing.assert_close(both[0], taps.token_losses(decoder, hidden, ids, mask))
         monkeypatch.setattr(taps, "LOGIT_CHUNK_BYTES", 4 * VOCABULARY * 4 * positions)
         sizes: list[int] = []
         model.lm_head.register_forward_hook(lambda m, args, out: sizes.append(out.shape[1]))
         chunked = perplexity(model, ids, mask, progress=False)
         assert sizes[0] == positions
-        torch.testing.assert_close(taps.token_divergences(decoder, hidden, other, there), divergences)
+        torch.testing.assert_close(taps.losses_and_divergences(decoder, hidden, other, there, ids, mask), both)
     assert chunked.nats == pytest.approx(whole.nats, rel=1e-6) and chunked.tokens == whole.tokens
 
 
@@ -388,7 +389,8 @@ def test_divergences_by_torch():
     student, teacher = Decoder(tiny_model("gemma2")), Decoder(tiny_model("gemma2", seed=1))
     ids = tiny_ids()
     with torch.no_grad():
-        found = taps.token_divergences(student, student.run(ids), teacher, teacher.run(ids))
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        _, found = taps.losses_and_divergences(student, student.run(ids), teacher, teacher.run(ids), ids, mask)
         log_student, log_teacher = (d.model(ids).logits.log_softmax(-1) for d in (student, teacher))
         expected = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

@@ -17,10 +17,10 @@ from come_pl.surgery import share
 from come_pl.taps import (
     LayerStatistics,
     boundaries,
+    losses_and_divergences,
     projection_inputs,
     states_for,
     targets_of,
-    token_divergences,
     token_losses,
 )
 
@@ -195,8 +195,9 @@ class PruningModule(LightningModule):
         for index, teacher_final in self._teacher_final.items():
             batch = self.batches[index]
             hidden = self._forward(index, self.start)
-            losses = token_losses(self.student, hidden, batch["input_ids"], batch["mask"])
-            divergence = token_divergences(self.student, hidden, self.teacher, teacher_final) * batch["mask"]
+            losses, divergence = losses_and_divergences(
+                self.student, hidden, self.teacher, teacher_final, batch["input_ids"], batch["mask"]
+            )
             sums += torch.stack(
                 [
                     losses.sum(dtype=torch.float64),

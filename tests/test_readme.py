@@ -1,0 +1,45 @@
+"""What the README tells people to type exists and is understood."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from cli import ROOT
+
+from come_pl.cli.prune import prune_main
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+]
+
+
+def commands(start: str) -> list[str]:
+    return [line for line in COMMANDS if line.startswith(start)]
+
+
+@pytest.mark.parametrize("line", commands("python prune.py"))
+def test_prune_commands(line: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [*shlex.split(line)[1:], "--print_config"])
+    with pytest.raises(SystemExit) as stop:
+        prune_main()
+    assert stop.value.code in (0, None), capsys.readouterr().err
+
+
+def test_make_targets() -> None:
+    targets = [line.split()[1] for line in commands("make ")]
+    assert {"prune", "test"} <= set(targets)
+    for target in targets:
+        subprocess.run(["make", "-n", target], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_files_that_are_named_exist() -> None:
+    for name in re.findall(r"`((?:come_pl|configs|benchmarks|tests)/[\w./]+)`", README):
+        assert (ROOT / name).exists(), name
