@@ -1,8 +1,8 @@
 """Every distillation at equal tokens, and at equal seconds: `python benchmarks/recover.py --student RUN_FOLDER`.
 
-Writes OUTPUT/METHOD-TOKENS/ (run folders), OUTPUT/recover.md and recover.json. A finished run is not run again, one that
-was cut off goes on, so the same command continues after a kill. With `--seconds S` a second table gives each method
-as many tokens as it trains on in S seconds at the speed that the first one measured.
+Writes OUTPUT/METHOD-TOKENS/ (run folders), OUTPUT/recover.md and recover.json. A finished run is not run again, one
+that was cut off goes on, so the same command continues after a kill. With `--seconds S` a second table gives each
+method as many tokens as it trains on in S seconds at the speed that the first one measured.
 """
 
 from __future__ import annotations

@@ -85,7 +85,8 @@ class _Head:
         return self.weight.detach().to(dtype), None if self.bias is None else self.bias.detach().to(dtype)
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        logits = F.linear(hidden.to(weight.dtype), weight, bias).float()
+        # contiguous: a linear layer is many times slower on a slice of the sequence (bf16, CPU)
+        logits = F.linear(hidden.to(weight.dtype).contiguous(), weight, bias).float()
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
 
