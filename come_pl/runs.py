@@ -121,3 +121,36 @@ def check_space(folder: Path, gib: float) -> None:
             f"the disk of {str(folder)!r} has {free:.2f} GiB free, {gib:.2f} GiB are needed to save the result; "
             "free space or give another --output"
         )
+
+
+class BadTarget(ValueError):
+    """A target depth that the model does not have."""
+
+
+def target_depth(layers: int, target_layers: int | None, sparsity: float | None) -> int:
+    """Depth to prune to.
+
+    Args:
+        layers: depth of the dense model.
+        target_layers: the depth itself.
+        sparsity: fraction of the parameters of the decoder layers to remove; the least number of layers that removes
+            at least as much. Without either, 0.3.
+
+    Raises:
+        BadTarget: nothing to remove, nothing left, or both given.
+    """
+    if target_layers is not None and sparsity is not None:
+        raise BadTarget("both --target_layers and --sparsity are given; give one")
+    if target_layers is None:
+        sparsity = 0.3 if sparsity is None else sparsity
+        if not 0 < sparsity < 1:
+            raise BadTarget(f"sparsity {sparsity}: expected a fraction of the decoder's parameters between 0 and 1")
+        remove = next(k for k in range(1, layers + 1) if k / layers >= sparsity - 1e-9)  # equal layers: share is k / n
+        if remove >= layers:
+            raise BadTarget(f"sparsity {sparsity} would leave none of the {layers} layers; give a smaller one")
+        return layers - remove
+    if not 1 <= target_layers < layers:
+        raise BadTarget(
+            f"target_layers {target_layers}: the model has {layers} layers; expected a depth from 1 to {layers - 1}"
+        )
+    return target_layers

@@ -21,11 +21,11 @@ from come_pl.distillation.comparisons import KD, LM, Hybrid, LoRA
 from come_pl.distillation.layerwise import CoMeMP, CoMeSP
 from come_pl.distillation.module import Diverged, NothingToTrain
 from come_pl.distillation.rates import PRESETS, BadRate, by_depth, cosine, learning_rates
-from come_pl.distillation.run import distil
 from come_pl.distillation.student import Misfit
-from come_pl.pruning.run import EvaluationText
 from come_pl.runs import Run
 from come_pl.surgery import drop
+from come_pl.workflows.distil import distil
+from come_pl.workflows.texts import EvaluationText
 
 GROUPS = [[0], [1, 2], [3], [4, 5]]
 

@@ -43,7 +43,8 @@ def _prune() -> None:
     from come_pl.pruning.methods import ALIASES as METHOD_ALIASES
     from come_pl.pruning.methods import METHODS, find
     from come_pl.pruning.module import PruningModule
-    from come_pl.pruning.run import EvaluationText, prune
+    from come_pl.workflows.prune import prune
+    from come_pl.workflows.texts import EvaluationText
 
     # in place: Lightning starts further processes with the same sys.argv
     sys.argv[1:] = normalise(sys.argv[1:], ALIASES, SWITCHES, LISTS)

@@ -45,8 +45,8 @@ def _train() -> None:
     from come_pl.data import DistillationData
     from come_pl.distillation import strategy
     from come_pl.distillation.registry import METHODS, find
-    from come_pl.distillation.run import distil
-    from come_pl.pruning.run import EvaluationText
+    from come_pl.workflows.distil import distil
+    from come_pl.workflows.texts import EvaluationText
 
     # in place: Lightning starts further processes with the same sys.argv
     sys.argv[1:] = normalise(sys.argv[1:], ALIASES, SWITCHES, LISTS)

@@ -136,7 +136,7 @@ def print_plan(module: DistillationModule, data: Any, student: str | None, teach
     """Print the plan of a run, from configs: a student run folder, or a dense model of which 30 % would be removed."""
     from come_pl import models
     from come_pl.distillation.student import LATEST, check_fit, read_pruned
-    from come_pl.pruning.run import target_depth
+    from come_pl.runs import target_depth
 
     if student is not None or (teacher is None and LATEST.is_dir()):
         pruned = read_pruned(student)

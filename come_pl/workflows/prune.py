@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,66 +13,18 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from come_pl import models
-from come_pl.card import pruned_card
-from come_pl.data import CalibrationData, TokenWindows, token_windows
+from come_pl.data import CalibrationData
 from come_pl.decoder import Decoder, family_of
-from come_pl.evaluation.perplexity import perplexity
 from come_pl.pruning.loop import ProgressivePruning, PruningBar
 from come_pl.pruning.methods import find
 from come_pl.pruning.module import PruningModule
 from come_pl.record import Meter, Record
 from come_pl.report import importance, merge_map
-from come_pl.runs import Run, check_space, digest
+from come_pl.runs import Run, check_space, digest, target_depth
+from come_pl.workflows.card import pruned_card
+from come_pl.workflows.texts import EvaluationText, evaluation_windows, measure
 
 ROOT = Path("runs/prune")
-
-
-class BadTarget(ValueError):
-    """A target depth that the model does not have."""
-
-
-@dataclass
-class EvaluationText:
-    """Text that dense and pruned perplexity are measured on.
-
-    Args:
-        data: Text sources, as for calibration; an empty list measures nothing.
-        tokens: Tokens of each.
-        seqlen: Tokens in a window; by default that of calibration.
-    """
-
-    data: list[str] = field(default_factory=lambda: ["embedded"])
-    tokens: int = 16384
-    seqlen: int | None = None
-
-
-def target_depth(layers: int, target_layers: int | None, sparsity: float | None) -> int:
-    """Depth to prune to.
-
-    Args:
-        layers: depth of the dense model.
-        target_layers: the depth itself.
-        sparsity: fraction of the parameters of the decoder layers to remove; the least number of layers that removes
-            at least as much. Without either, 0.3.
-
-    Raises:
-        BadTarget: nothing to remove, nothing left, or both given.
-    """
-    if target_layers is not None and sparsity is not None:
-        raise BadTarget("both --target_layers and --sparsity are given; give one")
-    if target_layers is None:
-        sparsity = 0.3 if sparsity is None else sparsity
-        if not 0 < sparsity < 1:
-            raise BadTarget(f"sparsity {sparsity}: expected a fraction of the decoder's parameters between 0 and 1")
-        remove = next(k for k in range(1, layers + 1) if k / layers >= sparsity - 1e-9)  # equal layers: share is k / n
-        if remove >= layers:
-            raise BadTarget(f"sparsity {sparsity} would leave none of the {layers} layers; give a smaller one")
-        return layers - remove
-    if not 1 <= target_layers < layers:
-        raise BadTarget(
-            f"target_layers {target_layers}: the model has {layers} layers; expected a depth from 1 to {layers - 1}"
-        )
-    return target_layers
 
 
 def prune(
@@ -108,7 +59,7 @@ def prune(
     tokenizer = models.load_tokenizer(module.path)
     bos = family_of(config).needs_bos and tokenizer.bos_token_id is not None
     windows = data.attach(tokenizer, bos=bos, seed=seed)
-    texts = _evaluation_windows(evaluation, tokenizer, bos, data.seqlen) if main else {}
+    texts = evaluation_windows(evaluation, tokenizer, bos, data.seqlen) if main else {}
     identity = {
         "model": {"path": module.path, "dtype": module.dtype_name},
         "method": {"name": name, **options},
@@ -157,7 +108,7 @@ def prune(
     device = trainer.strategy.root_device
     if main and "perplexity" not in run.info:
         meter = Meter(device)
-        run.update(perplexity=_measure(model.to(device), texts, "dense"), seconds={"load": round(loading, 2)})
+        run.update(perplexity=measure(model.to(device), texts, "dense"), seconds={"load": round(loading, 2)})
         run.info["seconds"]["dense_perplexity"] = round(meter.seconds, 2)
     module.attach(model, record, needs=chosen.needs, span=chosen.span)
 
@@ -183,7 +134,7 @@ def prune(
         print(f"stopped at {record.layers} layers, before the target of {target}; the same command goes on from here")
         return output
     pruning = sum(s.seconds for s in record.steps)
-    measured = _measure(module.student_model.to(device), texts, "pruned", run.info["perplexity"])
+    measured = measure(module.student_model.to(device), texts, "pruned", run.info["perplexity"])
     seconds = run.info.get("seconds", {}) | {"prune": round(pruning, 2)}
     module.student_model.to("cpu")
     save(output / "model", measured)
@@ -222,31 +173,6 @@ def _slug(path: str) -> str:
     name = {"embedded": "smollm2-135m-instruct", models.EMBEDDED: "smollm2-135m-instruct"}.get(path)
     name = name or Path(path).name.removesuffix(".gguf").lower() or "model"
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
-
-
-def _evaluation_windows(evaluation: EvaluationText, tokenizer: Any, bos: bool, seqlen: int) -> dict[str, TokenWindows]:
-    return {
-        source: token_windows(
-            source,
-            tokenizer,
-            split="evaluation",
-            tokens=evaluation.tokens,
-            seqlen=evaluation.seqlen or seqlen,
-            bos=bos,
-        )
-        for source in evaluation.data
-    }
-
-
-def _measure(
-    model: Any, texts: Mapping[str, TokenWindows], which: str, so_far: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    measured = {name: dict(entry) for name, entry in (so_far or {}).items()}
-    for name, windows in texts.items():
-        found = perplexity(model, windows.input_ids, windows.mask, title=f"{which} perplexity on {Path(name).name}")
-        entry = measured.setdefault(name, {"tokens": found.tokens, "seqlen": windows.input_ids.shape[1]})
-        entry[which] = round(found.token, 4)
-    return measured
 
 
 def summary(info: Mapping[str, Any]) -> str:

@@ -14,15 +14,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from come_pl import models
-from come_pl.data import DistillationData, TokenWindows, token_windows
+from come_pl.data import DistillationData, TokenWindows
 from come_pl.decoder import Decoder, family_of
 from come_pl.distillation.curves import Curves, plot
 from come_pl.distillation.module import DistillationModule, Diverged
 from come_pl.distillation.student import Pruned, check_fit, distilled_card, read_pruned
-from come_pl.evaluation.perplexity import perplexity
-from come_pl.pruning.run import EvaluationText
 from come_pl.record import Meter
 from come_pl.runs import Run, RunError, check_space, digest
+from come_pl.workflows.texts import EvaluationText, evaluation_windows, measure
 
 ROOT = Path("runs/distill")
 CHECKPOINTS = "checkpoints"
@@ -79,7 +78,7 @@ def distil(
         print(f"{output} is finished already; --overwrite runs it again")
         print(summary(run.info))
         return output
-    texts = _evaluation_windows(evaluation, tokenizer, bos, data.seqlen) if main else {}
+    texts = evaluation_windows(evaluation, tokenizer, bos, data.seqlen) if main else {}
 
     student_model = models.load_model(str(pruned.folder / "model"), "float32")
     check_space(output, 6 * 4 * models.parameter_count(student_model) / GIB)
@@ -95,8 +94,8 @@ def distil(
         )
         if "perplexity" not in run.info:
             known = _known(pruned, texts)
-            _measure(dense_model.to(device), texts, "dense", known)
-            _measure(student_model.to(device), texts, "before", known)
+            known = measure(dense_model.to(device), texts, "dense", known)
+            known = measure(student_model.to(device), texts, "before", known)
             run.update(perplexity=known)
     module.attach(dense_model, student_model, pruned.groups)
     _lighten(module, trainer)
@@ -124,8 +123,7 @@ def distil(
         state = best
     del trainer.optimizers[:]  # type: ignore[attr-defined]
     final = rebuilt(module, pruned, state, method)
-    entries: dict[str, Any] = {name: dict(e) for name, e in run.info["perplexity"].items()}
-    _measure(final.to(device), texts, "after", entries)
+    entries = measure(final.to(device), texts, "after", run.info["perplexity"])
     trained = sum(p.numel() for n, p in module.student_model.named_parameters() if n in module.trained)
     run.update(
         perplexity=entries,
@@ -277,12 +275,6 @@ def rebuilt(module: DistillationModule, pruned: Pruned, state: Mapping[str, torc
     return model.to(getattr(torch, pruned.dtype)).eval()
 
 
-def _evaluation_windows(evaluation: EvaluationText, tokenizer: Any, bos: bool, seqlen: int) -> dict[str, TokenWindows]:
-    size = evaluation.seqlen or seqlen
-    budget: dict[str, Any] = {"tokens": evaluation.tokens, "seqlen": size, "bos": bos}
-    return {text: token_windows(text, tokenizer, split="evaluation", **budget) for text in evaluation.data}
-
-
 def _known(pruned: Pruned, texts: Mapping[str, TokenWindows]) -> dict[str, Any]:
     """What pruning measured already on the same windows."""
     known: dict[str, Any] = {}
@@ -293,14 +285,6 @@ def _known(pruned: Pruned, texts: Mapping[str, TokenWindows]) -> dict[str, Any]:
         if entry.get("tokens") == predicted and entry.get("seqlen") == seqlen:
             known[name] |= {"dense": entry["dense"], "before": entry["pruned"]}
     return known
-
-
-def _measure(model: Any, texts: Mapping[str, TokenWindows], which: str, entries: dict[str, Any]) -> None:
-    for name, windows in texts.items():
-        if which not in entries[name]:
-            title = f"{which} perplexity on {Path(name).name}"
-            found = perplexity(model, windows.input_ids, windows.mask, title=title)
-            entries[name] |= {which: round(found.token, 4), "tokens": found.tokens}
 
 
 def summary(info: Mapping[str, Any]) -> str:

@@ -1,0 +1,50 @@
+"""The texts that perplexity is measured on, before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from come_pl.data import TokenWindows, token_windows
+from come_pl.evaluation.perplexity import perplexity
+
+
+@dataclass
+class EvaluationText:
+    """Text that dense and pruned perplexity are measured on.
+
+    Args:
+        data: Text sources, as for calibration; an empty list measures nothing.
+        tokens: Tokens of each.
+        seqlen: Tokens in a window; by default that of calibration.
+    """
+
+    data: list[str] = field(default_factory=lambda: ["embedded"])
+    tokens: int = 16384
+    seqlen: int | None = None
+
+
+def evaluation_windows(evaluation: EvaluationText, tokenizer: Any, bos: bool, seqlen: int) -> dict[str, TokenWindows]:
+    """The windows of each text, by its name."""
+    size = evaluation.seqlen or seqlen
+    budget: dict[str, Any] = {"tokens": evaluation.tokens, "seqlen": size, "bos": bos}
+    return {text: token_windows(text, tokenizer, split="evaluation", **budget) for text in evaluation.data}
+
+
+def measure(
+    model: Any, texts: Mapping[str, TokenWindows], which: str, so_far: Mapping[str, Any] | None = None
+) -> dict[str, dict[str, Any]]:
+    """`so_far` with the perplexity of `model` added as `which` for each text that has none yet.
+
+    An entry: {"tokens": predicted tokens, "seqlen": …, which: perplexity, …}.
+    """
+    entries = {name: dict(entry) for name, entry in (so_far or {}).items()}
+    for name, windows in texts.items():
+        entry = entries.setdefault(name, {})
+        if which in entry:
+            continue
+        found = perplexity(model, windows.input_ids, windows.mask, title=f"{which} perplexity on {Path(name).name}")
+        entry |= {"tokens": found.tokens, "seqlen": windows.input_ids.shape[1], which: round(found.token, 4)}
+    return entries
