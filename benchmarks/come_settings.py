@@ -104,8 +104,9 @@ def main() -> None:
             )
         )
         print(row, flush=True)
-        del trainer, module, method
+        del trainer, module, method, data
         gc.collect()  # a trainer and its module hold each other, and the states of a run are larger than the model
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         new = not arguments.out.is_file()
         with open(arguments.out, "a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)

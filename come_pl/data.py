@@ -175,7 +175,7 @@ class CalibrationData(_WindowModule):
     def __init__(
         self,
         calibration: str = "embedded",
-        tokens: int = 32768,
+        tokens: int = 16384,
         seqlen: int = 512,
         nsamples: int | None = None,
         packed: bool = True,

@@ -167,7 +167,7 @@ def test_kept_channels_are_each_layers_most_sensitive():
 
 @pytest.mark.parametrize("tokens", ["last", "all"])
 def test_site_is_where_the_span_is_shortest(tokens: Any):
-    method = CoMe(span_tokens=tokens)
+    method = CoMe(rho=0.0, span_tokens=tokens)
     module = measured(tiny_model(layers=6), method)
     other = {"last": "all", "all": "last"}[tokens]
     spans = {f"span_{tokens}": [0.3, 0.2, 0.15, 0.1, 0.4], f"span_{other}": [0.0, 1, 1, 1, 1]}

@@ -11,6 +11,7 @@ import pytest
 from cli import ROOT
 
 from come_pl.cli.prune import prune_main
+from come_pl.cli.train import train_main
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -24,12 +25,12 @@ def commands(start: str) -> list[str]:
     return [line for line in COMMANDS if line.startswith(start)]
 
 
-@pytest.mark.parametrize("line", commands("python prune.py"))
-def test_prune_commands(line: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("line", commands("python prune.py") + commands("python train.py"))
+def test_commands(line: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [*shlex.split(line)[1:], "--print_config"])
     with pytest.raises(SystemExit) as stop:
-        prune_main()
+        train_main() if "train.py" in line else prune_main()
     assert stop.value.code in (0, None), capsys.readouterr().err
 
 

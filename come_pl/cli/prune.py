@@ -48,7 +48,8 @@ def _prune() -> None:
 
     # in place: Lightning starts further processes with the same sys.argv
     sys.argv[1:] = normalise(sys.argv[1:], ALIASES, SWITCHES, LISTS)
-    name, method_class = find(scan(sys.argv[1:], "method", "come"))
+    asked = scan(sys.argv[1:], "method", "come")
+    name, method_class = find(asked)
     StrategyRegistry.register("pruning_ddp", PruningDDP, override=True)
 
     class PruneCLI(LightningCLI):
@@ -84,6 +85,8 @@ def _prune() -> None:
                 help=f"Pruning method: {', '.join(METHODS)} (aliases: {', '.join(METHOD_ALIASES)}).",
             )
             parser.add_class_arguments(method_class, "method", instantiate=False)
+            if asked == "concat_merge":
+                parser.set_defaults({"method.rho": 0.0})  # the official name has the official default
             parser.add_class_arguments(EvaluationText, "evaluation")
 
         def before_instantiate_classes(self) -> None:

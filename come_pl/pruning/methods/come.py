@@ -9,7 +9,8 @@ arXiv 2510.15304).
     new layer             top-k channels of each layer by s, in their order, layers in order
 
 n is the number of dense layers inside the group, N the number of KV heads or of FFN neurons; a KV head is scored by the
-mean of its query heads' channels. Defaults of the released code: m = 2, p = 1, ρ = 0 (off), norm = mean.
+mean of its query heads' channels. Defaults of the released code: m = 2, p = 1, ρ = 0 (off), norm = mean; here ρ = 0.97,
+which the paper uses for Mistral-7b and LLaMA-3-8b (benchmarks/results/come_settings.csv says why).
 
 Differs from the released code in: query heads follow their own KV head (there, grouped-query models mix heads of other
 groups); the last layer's output is taken before the final norm; `skip_method="mka"` merges the last layers, as MKA
@@ -106,7 +107,8 @@ class CoMe(Method):
 
     Args:
         p: Exponent on block influence in the merge ratio.
-        rho: Least share of the dominant layer of a pair, in [0, 1]; rho^(1/(n-1)) for a group of n dense layers.
+        rho: Least share of the dominant layer of a pair, in [0, 1]; rho^(1/(n-1)) for a group of n dense layers. 0 is
+            off, as in the released code.
         norm: Norms of a new layer: mean (released code), dominant, or fold (each kept channel sees its own layer's).
         merge_item: Layers merged in a step, at least 2.
         wo_repeat: Forbid merging an already merged layer again.
@@ -120,7 +122,7 @@ class CoMe(Method):
     def __init__(
         self,
         p: float = 1.0,
-        rho: float = 0.0,
+        rho: float = 0.97,
         norm: Norm = "mean",
         merge_item: int = 2,
         wo_repeat: bool = False,

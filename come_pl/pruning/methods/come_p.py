@@ -48,7 +48,7 @@ class CoMeP(CoMe):
     ):
         if granularity < 1:
             raise ValueError(f"granularity {granularity}: at least 1 interval")
-        super().__init__(norm=norm, wo_repeat=wo_repeat, skip_method=skip_method, span_tokens=span_tokens)
+        super().__init__(rho=0.0, norm=norm, wo_repeat=wo_repeat, skip_method=skip_method, span_tokens=span_tokens)
         self.granularity = granularity
 
     def __call__(
