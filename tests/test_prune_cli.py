@@ -141,12 +141,15 @@ def test_killed_and_run_again_gives_the_identical_model(
         "after step 2": lambda: lines() >= 2,
         "while saving": lambda: (output / ".model.partial").is_dir() or (output / "model").is_dir(),
     }[point]
-    kill_when(condition, "prune.py", *basic(tiny, text, output), cwd=tmp_path)
+    kill_when(condition, "prune.py", *basic(tiny, text, output), "--continue_saving", cwd=tmp_path)
     assert read_run(output)["status"] == "running"
-    again = run("prune.py", *basic(tiny, text, output), cwd=tmp_path)
+    again = run("prune.py", *basic(tiny, text, output), "--continue_saving", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert records(output) == records(done)
     assert weights(output) == weights(done)
+    assert {"model-5", "model-4"} <= {p.name for p in output.iterdir()}
+    if point != "while saving":  # then nothing was left to measure, and the log is the first run's
+        assert len((output / "logs" / "metrics.csv").read_text().splitlines()) == 1 + 3
     assert not list(output.glob(".*partial"))
 
 
@@ -279,6 +282,18 @@ def test_folder_of_another_run(
     (tmp_path / "mine.txt").write_text("not to be touched")
     assert "not empty" in refuse(capsys, monkeypatch, *basic(tiny, text, tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_run_of_other_weights_is_not_gone_on_with(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny, tmp_path / "model")
+    first = run("prune.py", *basic(model, text, tmp_path / "run"), "--trainer.max_steps", 1, cwd=tmp_path)
+    assert first.returncode == 0 and "stopped at 5 layers" in first.stdout, first.stderr
+    save_tiny(model, layers=6, seed=9)
+    line = refuse(capsys, monkeypatch, *basic(model, text, tmp_path / "run"))
+    assert "not those that the run" in line
+    assert len(records(tmp_path / "run")) == 1
 
 
 def test_folder_that_cannot_be_written(

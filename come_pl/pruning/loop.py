@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from come_pl.pruning.methods.base import Method
 from come_pl.pruning.module import NotFinite, PruningModule
-from come_pl.record import Meter, Record
+from come_pl.record import Meter, Record, Step
 
 
 class ProgressivePruning(Callback):
@@ -51,19 +51,23 @@ class ProgressivePruning(Callback):
             record.write()
             if self.after_step is not None:
                 self.after_step(pl_module)
-        measures = {"layers": float(record.layers), "loss": step.loss, "kl": step.kl, "seconds": step.seconds}
-        pl_module.log_dict({k: measures[k] for k in ("layers", "loss", "kl")}, prog_bar=True, logger=False)
-        for logger in trainer.loggers:
-            chosen = {f"score/{k}": _chosen(v, step.layers[0]) for k, v in step.scores.items()}
-            logger.log_metrics(measures | {k: v for k, v in chosen.items() if v is not None}, step=step.step)
-            logger.save()
+        shown = {"layers": float(record.layers), "loss": step.loss, "kl": step.kl}
+        pl_module.log_dict(shown, prog_bar=True, logger=False)
+        log_step(trainer, step)
         wanted = trainer.max_steps
         if record.layers <= self.target_layers or (wanted is not None and 0 <= wanted <= self.steps_done):
             trainer.should_stop = True
 
 
-def _chosen(values: list[float | None], index: int) -> float | None:
-    return values[index] if index < len(values) else None
+def log_step(trainer: Trainer, step: Step) -> None:
+    """Write a step to the trainer's loggers: depth, loss, KL, seconds, and the scores of the place that was chosen."""
+    metrics = {"layers": float(len(step.groups)), "loss": step.loss, "kl": step.kl, "seconds": step.seconds}
+    for name, values in step.scores.items():
+        if step.layers[0] < len(values):
+            metrics[f"score/{name}"] = values[step.layers[0]]
+    for logger in trainer.loggers:
+        logger.log_metrics({k: v for k, v in metrics.items() if v is not None}, step=step.step)
+        logger.save()
 
 
 class PruningBar(TQDMProgressBar):

@@ -15,12 +15,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from come_pl import models
 from come_pl.data import CalibrationData
 from come_pl.decoder import Decoder, family_of
-from come_pl.pruning.loop import ProgressivePruning, PruningBar
+from come_pl.pruning.loop import ProgressivePruning, PruningBar, log_step
 from come_pl.pruning.methods import find
 from come_pl.pruning.module import PruningModule
 from come_pl.record import Meter, Record
 from come_pl.report import importance, merge_map
-from come_pl.runs import Run, check_space, digest, target_depth
+from come_pl.runs import Run, RunError, check_space, digest, target_depth
 from come_pl.workflows.card import pruned_card
 from come_pl.workflows.texts import EvaluationText, evaluation_windows, measure
 
@@ -83,13 +83,19 @@ def prune(
     record_file = output / "record.jsonl"
     layers = config.num_hidden_layers
     record = Record.read(record_file, layers) if record_file.is_file() else Record(layers, record_file)
+    fingerprint = models.fingerprint(model)
+    if run.resumed and run.info.get("model", {}).get("fingerprint", fingerprint) != fingerprint:
+        raise RunError(
+            f"the weights of {module.path!r} are not those that the run in {str(output)!r} began with; give another "
+            "--output, or --overwrite to replace it"
+        )
     if main:
         if run.resumed and record.steps:
             print(f"going on from step {len(record.steps)}: {record.layers} of {layers} layers left")
         run.update(
             model={
                 "path": module.path,
-                "fingerprint": models.fingerprint(model),
+                "fingerprint": fingerprint,
                 "layers": layers,
                 "parameters": models.parameter_count(model),
                 "dtype": str(model.dtype).removeprefix("torch."),
@@ -117,13 +123,17 @@ def prune(
         models.save_model(module.student_model, folder, tokenizer, card)
 
     def after_step(_: PruningModule) -> None:
-        if continue_saving and record.layers > target:
-            save(output / f"model-{record.layers}", None)
+        folder = output / f"model-{record.layers}"
+        if continue_saving and record.layers > target and not folder.exists():
+            save(folder, None)
 
-    meter = Meter(device)
     if record.layers > target:
         if not trainer.loggers:
             trainer.loggers = default_loggers(output)
+        for step in record.steps:  # the CSV logger begins a new file
+            log_step(trainer, step)
+        if main and record.steps:
+            after_step(module)  # if it was killed between a step and its model
         trainer.callbacks.append(ProgressivePruning(chosen, target, after_step))  # type: ignore[attr-defined]
         bars = [PruningBar() if isinstance(c, ProgressBar) else c for c in trainer.callbacks]  # type: ignore[attr-defined]
         trainer.callbacks = bars  # type: ignore[attr-defined]
