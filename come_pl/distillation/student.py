@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,43 +96,3 @@ def _same(what: str, mine: Any, theirs: Any, pruned: Pruned, path: str) -> None:
             f"student {str(pruned.folder)!r} does not fit {path!r}: {what} is {mine} for the student, {theirs} for the "
             "teacher; give the --teacher that it was pruned from"
         )
-
-
-def distilled_card(info: Mapping[str, Any]) -> str:
-    """Markdown of a distilled model's card, from the run's `run.json`."""
-    model, data, method = info["model"], info["data"], info["method"]
-    name = models.PRETTY_NAMES.get(models.EMBEDDED if model["path"] == "embedded" else model["path"], model["path"])
-    options = ", ".join(f"{k} = {v}" for k, v in method.items() if k != "name")
-    lines = [
-        "---",
-        "library_name: transformers",
-        "tags: [pruned, distilled, depth-pruning, come_pl]",
-        "---",
-        f"# {name}, {model['layers']} → {len(info['groups'])} layers, distilled",
-        "",
-        f"Made shallower by `come_pl` and distilled from the dense model with the method `{method['name']}` "
-        f"({options}).",
-        f"Distilled on {info['tokens_seen']} tokens of `{data['source']}` (windows of {data['seqlen']}), seed "
-        f"{info['seed']}; {info['trained_parameters'] / 1e6:.1f}M of {info['parameters'] / 1e6:.1f}M parameters "
-        "trained.",
-        "It is a stock checkpoint: same architecture, fewer layers, no custom code.",
-        "",
-        "| held-out text | tokens | dense perplexity | pruned | this model |",
-        "|---|---|---|---|---|",
-    ]
-    for text, entry in info.get("perplexity", {}).items():
-        values = " | ".join(f"{entry[k]:.2f}" for k in ("dense", "before", "after"))
-        lines.append(f"| {text} | {entry['tokens']} | {values} |")
-    lines += [
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")',
-        'tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")',
-        "```",
-        "",
-        "The licence is that of the base model.",
-        "",
-    ]
-    return "\n".join(lines)

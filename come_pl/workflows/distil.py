@@ -18,9 +18,10 @@ from come_pl.data import DistillationData, TokenWindows
 from come_pl.decoder import Decoder, family_of
 from come_pl.distillation.curves import Curves, plot
 from come_pl.distillation.module import DistillationModule, Diverged
-from come_pl.distillation.student import Pruned, check_fit, distilled_card, read_pruned
+from come_pl.distillation.student import Pruned, check_fit, read_pruned
 from come_pl.record import Meter
 from come_pl.runs import Run, RunError, check_space, digest
+from come_pl.workflows.card import distilled_card
 from come_pl.workflows.texts import EvaluationText, evaluation_windows, measure
 
 ROOT = Path("runs/distill")
