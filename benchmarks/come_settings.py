@@ -34,9 +34,12 @@ ROWS: list[tuple[str, dict, int, int]] = [  # method, options over RELEASED, tok
     ("come", {"norm": "fold"}, 19456, 0),
     ("come", {}, 4096, 0),
     ("come", {"rho": 0.5}, 19456, 0),
-    ("come", {}, 65536, 0),
+    ("come", {"span_tokens": "all"}, 4096, 0),
+    ("come", {"span_tokens": "all", "rho": 0.97, "wo_repeat": False}, 19456, 0),
+    ("come", {"span_tokens": "all", "rho": 0.9}, 19456, 0),
     ("come_p", {"span_tokens": "all", "granularity": 10}, 4096, 0),
     ("come", {"norm": "dominant"}, 19456, 0),
+    ("come", {}, 65536, 0),
     ("come", {"rho": 0.97}, 19456, 0),
     ("come", {"span_tokens": "all"}, 19456, 0),
 ]

@@ -23,6 +23,11 @@ IDS = tiny_ids(4, 12)
 MASK = torch.arange(12) < torch.tensor([12, 8, 12, 5])[:, None]
 
 
+def released(**changes: Any) -> CoMe:
+    """CoMe with the defaults of the released code."""
+    return CoMe(**({"rho": 0.0, "wo_repeat": False, "span_tokens": "last"} | changes))
+
+
 def measured(model: Any, method: CoMe) -> PruningModule:
     module = PruningModule()
     module.attach(model, Record(len(Decoder(model))), needs=method.needs, span=method.span)
@@ -167,7 +172,7 @@ def test_kept_channels_are_each_layers_most_sensitive():
 
 @pytest.mark.parametrize("tokens", ["last", "all"])
 def test_site_is_where_the_span_is_shortest(tokens: Any):
-    method = CoMe(rho=0.0, span_tokens=tokens)
+    method = released(rho=0.0, span_tokens=tokens)
     module = measured(tiny_model(layers=6), method)
     other = {"last": "all", "all": "last"}[tokens]
     spans = {f"span_{tokens}": [0.3, 0.2, 0.15, 0.1, 0.4], f"span_{other}": [0.0, 1, 1, 1, 1]}
@@ -179,7 +184,7 @@ def test_site_is_where_the_span_is_shortest(tokens: Any):
 
 
 def test_the_floor_knows_how_many_dense_layers_are_inside():
-    method = CoMe(rho=0.5)
+    method = released(rho=0.5)
     module = measured(tiny_model(layers=6), method)
     even: dict[str, Any] = {"block_influence": [1.0] * 6, "span_last": [0.9, 0.1, 0.9, 0.9, 0.9]}
     first = decide(module, method, **even)
@@ -193,7 +198,7 @@ def test_the_floor_knows_how_many_dense_layers_are_inside():
 
 
 def test_wo_repeat_leaves_merged_layers_alone():
-    method = CoMe(wo_repeat=True)
+    method = released(wo_repeat=True)
     module = measured(tiny_model(layers=6), method)
     # the released code's index out of range: the last pair was merged
     first = decide(module, method, span_last=[0.9, 0.9, 0.9, 0.9, 0.0])
@@ -209,11 +214,11 @@ def test_wo_repeat_leaves_merged_layers_alone():
     assert module.record.groups == [[0, 1], [2, 3], [4, 5]]
     with pytest.raises(NoSite, match="at 3 layers.*wo_repeat false"):
         decide(module, method)
-    assert decide(module, CoMe(), span_last=[0.5, 0.0]).step.layers == [1, 2]
+    assert decide(module, released(), span_last=[0.5, 0.0]).step.layers == [1, 2]
 
 
 def test_three_at_a_time_and_a_smaller_last_step():
-    method = CoMe(merge_item=3)
+    method = released(merge_item=3)
     assert method.span == 3
     module = measured(tiny_model("llama", gqa=False, layers=6), method)
     full = decide(module, method, remove=3, span_last=[0.4, 0.1, 0.3, 0.2])
@@ -230,10 +235,10 @@ def test_three_at_a_time_and_a_smaller_last_step():
 def test_mka_takes_the_last_layers():
     """The released code's slip merges layers 0 and 1."""
     for item, expected in ((2, [4, 5]), (3, [3, 4, 5])):
-        method = CoMe(skip_method="mka", merge_item=item)
+        method = released(skip_method="mka", merge_item=item)
         module = measured(tiny_model(layers=6), method)
         assert decide(module, method).step.layers == expected
-    method = CoMe(skip_method="mka", wo_repeat=True)
+    method = released(skip_method="mka", wo_repeat=True)
     module = measured(tiny_model(layers=6), method)
     for expected in ([4, 5], [2, 3], [0, 1]):
         decision = decide(module, method)
@@ -244,7 +249,7 @@ def test_mka_takes_the_last_layers():
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma"])
 def test_sleb_sites_are_those_of_really_removed_layers(family: str):
     dense = tiny_model(family, layers=5)
-    method = CoMe(skip_method="sleb")
+    method = released(skip_method="sleb")
     module = measured(dense, method)
     for _ in range(2):
         decision = decide(module, method)
@@ -325,7 +330,7 @@ def test_come_p_with_losses_that_are_not_numbers(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("options", [{"merge_item": 1}, {"rho": 1.2}, {"rho": -0.1}, {"p": -1.0}, {"p": math.nan}])
 def test_bad_options(options: Any):
     with pytest.raises(ValueError, match=next(iter(options))):
-        CoMe(**options)
+        released(**options)
     with pytest.raises(ValueError, match="granularity"):
         CoMeP(granularity=0)
 
@@ -338,7 +343,21 @@ def test_names():
 
 
 def test_kept_is_ascending_in_a_real_decision():
-    module = measured(tiny_model(), CoMe())
-    kept: list[Kept] = decide(module, CoMe()).step.kept
+    module = measured(tiny_model(), released())
+    kept: list[Kept] = decide(module, released()).step.kept
     counts: list[Tensor] = [torch.tensor(k.neurons) for k in kept]
     assert sum(len(c) for c in counts) == 48 and all((c.diff() > 0).all() for c in counts)
+
+
+def test_merged_layers_are_merged_again_only_when_nothing_else_is_left():
+    method = CoMe()
+    module = measured(tiny_model(layers=4), method)
+    flat: dict[str, Any] = {"block_influence": [1.0] * 4}
+    first = decide(module, method, **flat, span_all=[0.1, 0.2, 0.3])
+    assert first.step.layers == [0, 1]
+    take(module, first)
+    second = decide(module, method, block_influence=[1.0] * 3, span_all=[0.1, 0.2])
+    assert second.step.layers == [1, 2]  # not the shorter span, which holds the merged layer
+    take(module, second)
+    third = decide(module, method, block_influence=[1.0] * 2, span_all=[0.1])
+    assert third.step.layers == [0, 1]  # nothing else is left

@@ -277,7 +277,7 @@ def test_folder_of_another_run(
 ) -> None:
     before = weights(done)
     line = refuse(capsys, monkeypatch, *basic(tiny, text, done), "--method.rho", 0.5)
-    assert "holds another run (method.rho is 0.97 there, 0.5 here)" in line
+    assert "holds another run (method.rho is 0.9 there, 0.5 here)" in line
     assert weights(done) == before
     (tmp_path / "mine.txt").write_text("not to be touched")
     assert "not empty" in refuse(capsys, monkeypatch, *basic(tiny, text, tmp_path))
@@ -349,7 +349,7 @@ def test_official_commands_are_understood() -> None:
     ]
 
 
-@pytest.mark.parametrize(("name", "rho"), [("concat_merge", 0.0), ("come", 0.97)])
+@pytest.mark.parametrize(("name", "rho"), [("concat_merge", 0.0), ("come", 0.9)])
 def test_official_name_has_the_official_default(
     name: str, rho: float, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,7 +86,8 @@ def _prune() -> None:
             )
             parser.add_class_arguments(method_class, "method", instantiate=False)
             if asked == "concat_merge":
-                parser.set_defaults({"method.rho": 0.0})  # the official name has the official default
+                # the official name has the official defaults
+                parser.set_defaults({"method.rho": 0.0, "method.wo_repeat": False, "method.span_tokens": "last"})
             parser.add_class_arguments(EvaluationText, "evaluation")
 
         def before_instantiate_classes(self) -> None:

@@ -9,8 +9,9 @@ arXiv 2510.15304).
     new layer             top-k channels of each layer by s, in their order, layers in order
 
 n is the number of dense layers inside the group, N the number of KV heads or of FFN neurons; a KV head is scored by the
-mean of its query heads' channels. Defaults of the released code: m = 2, p = 1, ρ = 0 (off), norm = mean; here ρ = 0.97,
-which the paper uses for Mistral-7b and LLaMA-3-8b (benchmarks/results/come_settings.csv says why).
+mean of its query heads' channels. Defaults of the released code: m = 2, p = 1, ρ = 0 (off), norm = mean, last
+token, merging again allowed. Here ρ = 0.9, all tokens, and merging again only when nothing else is left
+(benchmarks/results/come_settings.csv says why).
 
 Differs from the released code in: query heads follow their own KV head (there, grouped-query models mix heads of other
 groups); the last layer's output is taken before the final norm; `skip_method="mka"` merges the last layers, as MKA
@@ -111,7 +112,7 @@ class CoMe(Method):
             off, as in the released code.
         norm: Norms of a new layer: mean (released code), dominant, or fold (each kept channel sees its own layer's).
         merge_item: Layers merged in a step, at least 2.
-        wo_repeat: Forbid merging an already merged layer again.
+        wo_repeat: Forbid merging an already merged layer again; by default it is done only when no other site is left.
         skip_method: How the site is chosen: bi (span distance), sleb (least loss with the layers removed), mka (always
             the last layers).
         span_tokens: Tokens that the span distance is taken over: last (of each window) or all.
@@ -122,12 +123,12 @@ class CoMe(Method):
     def __init__(
         self,
         p: float = 1.0,
-        rho: float = 0.97,
+        rho: float = 0.9,
         norm: Norm = "mean",
         merge_item: int = 2,
-        wo_repeat: bool = False,
+        wo_repeat: bool | None = None,
         skip_method: Literal["bi", "sleb", "mka"] = "bi",
-        span_tokens: Literal["last", "all"] = "last",
+        span_tokens: Literal["last", "all"] = "all",
     ):
         if merge_item < 2:
             raise ValueError(f"merge_item {merge_item}: at least 2 layers are merged in a step")
@@ -168,10 +169,9 @@ class CoMe(Method):
     ) -> list[float]:
         """Score of merging layers l … l + count − 1, for each l; infinity where that is forbidden."""
         sites = record.layers - count + 1
-        allowed = [
-            not self.wo_repeat or all(len(record.groups[i]) == 1 for i in range(site, site + count))
-            for site in range(sites)
-        ]
+        untouched = [all(len(record.groups[i]) == 1 for i in range(site, site + count)) for site in range(sites)]
+        repeat = self.wo_repeat is False or (self.wo_repeat is None and not any(untouched))
+        allowed = [repeat or fresh for fresh in untouched]
         if self.skip_method == "mka":
             found = [float(sites - 1 - site) for site in range(sites)]
         elif self.skip_method == "sleb":

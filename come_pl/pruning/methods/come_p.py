@@ -32,7 +32,7 @@ class CoMeP(CoMe):
     Args:
         granularity: Number of intervals of the ratio grid.
         norm: Norms of a new layer: mean (released code), dominant, or fold (each kept channel sees its own layer's).
-        wo_repeat: Forbid merging an already merged layer again.
+        wo_repeat: Forbid merging an already merged layer again; by default it is done only when no other site is left.
         skip_method: How the site is chosen: bi (span distance), sleb (least loss with the layers removed), mka (always
             the last layers).
         span_tokens: Tokens that the span distance is taken over: last (of each window) or all.
@@ -42,7 +42,7 @@ class CoMeP(CoMe):
         self,
         granularity: int = 20,
         norm: Norm = "mean",
-        wo_repeat: bool = False,
+        wo_repeat: bool | None = None,
         skip_method: Literal["bi", "sleb", "mka"] = "bi",
         span_tokens: Literal["last", "all"] = "all",
     ):
