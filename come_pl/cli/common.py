@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def normalise(
@@ -52,6 +53,18 @@ def scan(argv: Sequence[str], group: str, default: str) -> str:
         if word.startswith(f"--{group}.name="):
             found = word.partition("=")[2]
     return found
+
+
+def add_run_arguments(parser: Any) -> None:
+    """The options of every command that writes a run folder."""
+    parser.add_argument("--seed", type=int, default=0, help="Seed of everything random.")
+    parser.add_argument(
+        "--resume",
+        type=bool,
+        default=False,
+        help="Insist on going on with a run that was cut off (the same command does so by itself).",
+    )
+    parser.add_argument("--overwrite", type=bool, default=False, help="Replace the run in the output folder.")
 
 
 def quiet() -> None:

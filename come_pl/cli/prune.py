@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from come_pl.cli.common import guarded, normalise, quiet, scan
+from come_pl.cli.common import add_run_arguments, guarded, normalise, quiet, scan
 
 ALIASES = {  # the official toolkit's flags, and short names, by what they are here
     "--method": "--method.name",
@@ -54,7 +54,7 @@ def _prune() -> None:
 
     class PruneCLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            parser.add_argument("--seed", type=int, default=0, help="Seed of everything random.")
+            add_run_arguments(parser)
             parser.add_argument("--target_layers", type=int | None, default=None, help="Depth of the pruned model.")
             parser.add_argument(
                 "--sparsity",
@@ -71,13 +71,6 @@ def _prune() -> None:
             parser.add_argument(
                 "--continue_saving", type=bool, default=False, help="Save the model of every depth on the way."
             )
-            parser.add_argument(
-                "--resume",
-                type=bool,
-                default=False,
-                help="Insist on going on with a run that was cut off (the same command does so by itself).",
-            )
-            parser.add_argument("--overwrite", type=bool, default=False, help="Replace the run in the output folder.")
             parser.add_argument(
                 "--method.name",
                 type=str,

@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from come_pl.cli.common import guarded, normalise, quiet, scan
+from come_pl.cli.common import add_run_arguments, guarded, normalise, quiet, scan
 
 ALIASES = {
     "--distill": "--distill.name",
@@ -69,14 +69,7 @@ def _train() -> None:
             parser.add_argument(
                 "--output", type=str | None, default=None, help="Run folder; by default runs/distill/ and a name."
             )
-            parser.add_argument("--seed", type=int, default=0, help="Seed of everything random.")
-            parser.add_argument(
-                "--resume",
-                type=bool,
-                default=False,
-                help="Insist on going on with a run that was cut off (the same command does so by itself).",
-            )
-            parser.add_argument("--overwrite", type=bool, default=False, help="Replace the run in the output folder.")
+            add_run_arguments(parser)
             parser.add_argument(
                 "--plan", type=bool, default=False, help="Print the memory plan and stop; no weight is read."
             )

@@ -15,7 +15,7 @@ from torch import nn
 
 from come_pl import models
 from come_pl.data import DistillationData, TokenWindows
-from come_pl.decoder import Decoder, family_of
+from come_pl.decoder import Decoder
 from come_pl.distillation.curves import Curves, plot
 from come_pl.distillation.module import DistillationModule, Diverged
 from come_pl.distillation.student import Pruned, check_fit, read_pruned
@@ -68,7 +68,7 @@ def distil(
     dense_config = models.load_config(path)
     tokenizer = models.load_tokenizer(path)
     check_fit(pruned, dense_config, tokenizer, path)
-    bos = family_of(dense_config).needs_bos and tokenizer.bos_token_id is not None
+    bos = models.needs_bos(dense_config, tokenizer)
     data.attach(tokenizer, bos=bos, seed=seed)
     identity = _identity(module, data, trainer, pruned, path, method, options, seed)
     output = output or ROOT / f"{pruned.folder.resolve().name}-{method}-{digest(identity)}"

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from come_pl import models
 from come_pl.data import CalibrationData
-from come_pl.decoder import Decoder, family_of
+from come_pl.decoder import Decoder
 from come_pl.pruning.loop import ProgressivePruning, PruningBar, log_step
 from come_pl.pruning.methods import find
 from come_pl.pruning.module import PruningModule
@@ -57,7 +57,7 @@ def prune(
     config = models.load_config(module.path).get_text_config(decoder=True)
     target = target_depth(config.num_hidden_layers, target_layers, sparsity)
     tokenizer = models.load_tokenizer(module.path)
-    bos = family_of(config).needs_bos and tokenizer.bos_token_id is not None
+    bos = models.needs_bos(config, tokenizer)
     windows = data.attach(tokenizer, bos=bos, seed=seed)
     texts = evaluation_windows(evaluation, tokenizer, bos, data.seqlen) if main else {}
     identity = {
