@@ -40,6 +40,12 @@ class Family:
     mixed_norms: tuple[str, ...] = ()  # norms that cannot be folded: on heads, on outputs
     norm_offset: float = 0.0  # Gemma's norms scale by (1 + weight)
     needs_bos: bool = False  # Gemma without BOS in each window is unusable (shortened-llm#6)
+    output_norms: tuple[str, ...] = ()  # norms between a sublayer and the stream that it is added to
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """The parts whose output is added to the stream."""
+        return self.output_norms or (self.attention_output, self.mlp_output)
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -65,6 +71,7 @@ FAMILIES: tuple[Family, ...] = (
         mixed_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
         norm_offset=1.0,
         needs_bos=True,
+        output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
     ),
     Family(
         "gemma3",
@@ -78,6 +85,7 @@ FAMILIES: tuple[Family, ...] = (
         ),
         norm_offset=1.0,
         needs_bos=True,
+        output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
     ),
 )
 

@@ -15,13 +15,15 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
 
 from come_pl import surgery
 from come_pl.decoder import Decoder
@@ -37,11 +39,15 @@ class Step:
     """One edit of the student.
 
     Attributes:
-        kind: `drop` a layer, or `merge` adjacent layers into one by concatenation.
+        kind: `drop` a layer, `merge` adjacent layers into one by concatenation, or `blend` them into one by a weighted
+            sum of their weights.
         layers: student indices before the step.
-        ratio: share of each merged layer; None for a drop.
+        ratio: share of each merged layer, coefficient of each blended one; None for a drop.
         kept: what a merge keeps of each layer.
-        norm: how a merge treats norms, see `surgery.concatenate`.
+        norm: how a merge or a blend treats norms, see `surgery.concatenate` and `surgery.blend`.
+        scale: what the stream below the step is multiplied by (`surgery.scale_stream`); None for nothing.
+        weights: parameters that the step sets after its edit, by "index.path" (student index after the step); kept in
+            a safetensors file of its own.
         scores: what the decision was made from, one list a score.
         step: its number, from 1.
         groups: for each student layer after the step, the teacher layers that it stands for.
@@ -51,11 +57,11 @@ class Step:
         peak_gib: peak memory of the process (or the CUDA device) in that time.
     """
 
-    kind: Literal["drop", "merge"]
+    kind: Literal["drop", "merge", "blend"]
     layers: list[int]
     ratio: list[float] | None = None
     kept: list[Kept] | None = None
-    norm: surgery.Norm | None = None
+    norm: surgery.Norm | surgery.BlendNorm | None = None
     scores: dict[str, list[float | None]] = field(default_factory=dict)
     step: int = 0
     groups: list[list[int]] = field(default_factory=list)
@@ -63,29 +69,51 @@ class Step:
     kl: float | None = None
     seconds: float = 0.0
     peak_gib: float = 0.0
+    scale: float | None = None
+    weights: dict[str, Tensor] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def weights_file(self) -> str | None:
+        """Where the weights are, beside the record."""
+        return f"weights/{self.step:03d}.safetensors" if self.weights else None
+
+    @property
+    def layers_with_weights(self) -> list[int]:
+        """Student layers after the step that it gives weights of their own."""
+        return sorted({int(name.partition(".")[0]) for name in self.weights or {}})
 
     def to_json(self) -> str:
-        entry = asdict(self)
+        entry = {f.name: getattr(self, f.name) for f in fields(self)}
         if self.kept is not None:
             entry["kept"] = [{"kv_heads": list(k.kv_heads), "neurons": _to_hex(k.neurons)} for k in self.kept]
         entry["scores"] = {name: [_tidy(v) for v in values] for name, values in self.scores.items()}
         entry |= {name: _tidy(entry[name]) for name in ("loss", "kl")}
         entry |= {name: round(entry[name], 4) for name in ("seconds", "peak_gib")}
+        entry["weights"] = self.weights_file
         order = ["step", "kind", "layers", "ratio", "loss", "kl", "seconds", "peak_gib", "groups", "norm"]
+        order += [name for name in ("scale", "weights") if entry[name] is not None]
         return json.dumps({k: entry[k] for k in [*order, "scores", "kept"]}, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, line: str) -> Step:
+    def from_json(cls, line: str, folder: Path | None = None) -> Step:
+        """`folder` is the record's; weights are read from there."""
         entry = json.loads(line)
         if not isinstance(entry, dict):
             raise ValueError("not an object")
+        if entry.get("weights") is not None:
+            try:
+                entry["weights"] = load_file((folder or Path()) / entry["weights"])
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"its weights {entry['weights']!r} cannot be read: {error}") from None
         if entry.get("kept") is not None:
             entry["kept"] = [Kept(tuple(k["kv_heads"]), _from_hex(k["neurons"])) for k in entry["kept"]]
         step = cls(**entry)
-        if step.kind not in ("drop", "merge"):
+        if step.kind not in ("drop", "merge", "blend"):
             raise ValueError(f"kind {step.kind!r}")
         if step.kind == "merge" and None in (step.ratio, step.kept, step.norm):
             raise ValueError("a merge without ratio, kept or norm")
+        if step.kind == "blend" and None in (step.ratio, step.norm):
+            raise ValueError("a blend without ratio or norm")
         return step
 
 
@@ -118,6 +146,7 @@ class Record:
     def __init__(self, teacher_layers: int, path: Path | None = None):
         self.teacher_layers, self.path = teacher_layers, path
         self.steps: list[Step] = []
+        self._written = 0  # steps whose weights are on disk
 
     @property
     def groups(self) -> list[list[int]]:
@@ -134,8 +163,16 @@ class Record:
         self.steps.append(step)
 
     def write(self) -> None:
-        if self.path is not None:
-            write_atomically(self.path, "".join(step.to_json() + "\n" for step in self.steps))
+        if self.path is None:
+            return
+        for step in self.steps[self._written :]:  # first the weights, then the line that names them
+            if step.weights_file is not None and step.weights is not None:
+                file = self.path.parent / step.weights_file
+                file.parent.mkdir(exist_ok=True)
+                tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in step.weights.items()}
+                write_atomically(file, save(tensors))
+        self._written = len(self.steps)
+        write_atomically(self.path, "".join(step.to_json() + "\n" for step in self.steps))
 
     @classmethod
     def read(cls, path: Path, teacher_layers: int) -> Record:
@@ -147,7 +184,7 @@ class Record:
             raise RecordError(f"{path} is not a text file; expected the record.jsonl of a run") from None
         for number, line in enumerate(lines, 1):
             try:
-                step = Step.from_json(line)
+                step = Step.from_json(line, path.parent)
             except (ValueError, TypeError, KeyError) as error:
                 raise RecordError(f"{path} line {number} is not a step of a record ({error})") from None
             stored, stored_number = step.groups, step.step
@@ -160,6 +197,7 @@ class Record:
                     f"{path} line {number}: its groups do not follow from the steps before it on a model of "
                     f"{teacher_layers} layers; the record belongs to another model or was edited"
                 )
+        record._written = len(record.steps)
         return record
 
 
@@ -170,8 +208,8 @@ def groups_after(groups: Sequence[Sequence[int]], step: Step) -> list[list[int]]
     first, last = step.layers[0], step.layers[-1]
     if first < 0 or last >= len(after) or list(step.layers) != list(range(first, last + 1)):
         raise ValueError(f"layers {step.layers} are not adjacent layers of {len(after)}")
-    if step.kind == "merge" and len(step.layers) < 2:
-        raise ValueError("a merge takes at least two layers")
+    if step.kind != "drop" and len(step.layers) < 2:
+        raise ValueError(f"a {step.kind} takes at least two layers")
     if step.kind == "drop":
         if len(step.layers) == len(after):
             raise ValueError("a drop must leave a layer")
@@ -184,12 +222,20 @@ def apply(step: Step, student: Decoder, layer: nn.Module | None = None) -> None:
     if step.kind == "drop":
         for index in reversed(step.layers):
             surgery.drop(student, index)
-        return
-    assert step.ratio is not None and step.kept is not None and step.norm is not None, "a merge says what it keeps"
-    layers = [student.layers[i] for i in step.layers]
-    layer = layer or surgery.concatenate(student, layers, step.kept, step.ratio, step.norm)
-    main = step.layers[surgery.dominant(step.ratio)]
-    surgery.replace_span(student, step.layers[0], len(step.layers), layer, main)
+    else:
+        assert step.ratio is not None and step.norm is not None, "a merge says in which ratio"
+        layers = [student.layers[i] for i in step.layers]
+        if step.kind == "blend":
+            layer, main = layer or surgery.blend(student, layers, step.ratio, step.norm), step.layers[0]  # type: ignore[arg-type]
+        else:
+            assert step.kept is not None, "a merge says what it keeps"
+            layer = layer or surgery.concatenate(student, layers, step.kept, step.ratio, step.norm)  # type: ignore[arg-type]
+            main = step.layers[surgery.dominant(step.ratio)]
+        surgery.replace_span(student, step.layers[0], len(step.layers), layer, main)
+    if step.scale is not None:
+        surgery.scale_stream(student, step.layers[0], step.scale)
+    if step.weights:
+        surgery.set_weights(student, step.weights)
 
 
 def replay(record: Record, dense: Any) -> Any:
@@ -210,12 +256,12 @@ def replay(record: Record, dense: Any) -> Any:
     return model
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write beside, fsync, rename: a reader sees the old file or the new one, never half of one."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(partial, "wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

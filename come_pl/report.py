@@ -49,7 +49,7 @@ def _load(run_dir: Path) -> tuple[list[Step], dict[str, Any], int]:
 def _apply(state: State, step: Step) -> State:
     """The layers after one step."""
     layers, groups, where = list(step["layers"]), step.get("groups"), f"step {step.get('step', '?')}"
-    ratio = np.asarray(step.get("ratio") or [1.0] * len(layers), dtype=float)
+    ratio = np.abs(np.asarray(step.get("ratio") or [1.0] * len(layers), dtype=float))  # a blend may subtract
     if not layers or min(layers) < 0 or max(layers) >= len(state) or len(ratio) != len(layers):
         raise ValueError(f"{where}: layers {layers} in ratio {ratio} do not fit a model of {len(state)} layers")
     if step.get("kind") == "drop":

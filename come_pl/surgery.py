@@ -1,6 +1,7 @@
 """The only code that edits a model.
 
-`share` makes the student, `drop` and `replace_span` change its layer list, `concatenate` builds CoMe's new layer, and
+`share` makes the student, `drop` and `replace_span` change its layer list, `concatenate` builds CoMe's new layer,
+`blend` a weighted sum of layers, `set_weights` and `scale_stream` change parameters (never the teacher's), and
 `reindex` keeps the config and every `layer_idx` true to the layers that are there.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from come_pl.decoder import Decoder
 
 Norm = Literal["mean", "dominant", "fold"]
+BlendNorm = Literal["first", "mix"]
 
 
 @dataclass(frozen=True)
@@ -188,8 +190,90 @@ def concatenate(
     return new
 
 
+@torch.no_grad()
+def blend(
+    decoder: Decoder, layers: Sequence[nn.Module], coefficients: Sequence[float], norm: BlendNorm = "first"
+) -> nn.Module:
+    """One layer whose projections are Σ cᵢ Wᵢ, summed in fp32; it takes the config entries of the first layer.
+
+    Args:
+        decoder: the model that the layers belong to.
+        layers: two or more decoder layers, shallow first.
+        coefficients: cᵢ; they need not sum to 1 (LaCo's published formula: 1 − m, 1, …, 1).
+        norm: norms of the new layer: the `first` layer's, or the same sum as the projections (`mix`).
+    """
+    if len(coefficients) != len(layers):
+        raise ValueError(f"{len(layers)} layers cannot be blended with {len(coefficients)} coefficients")
+    family = decoder.family
+    norms = tuple(p for p in (family.attention_norm, family.mlp_norm, *family.mixed_norms) if p)
+    new = copy.deepcopy(layers[0], {id(decoder.config): decoder.config})
+    others = [dict(layer.named_parameters()) for layer in layers]
+    for name, parameter in new.named_parameters():
+        if norm == "first" and name.startswith(tuple(f"{n}." for n in norms)):
+            continue
+        parameter.copy_(_mix([own[name] for own in others], coefficients))
+    return new
+
+
+@torch.no_grad()
+def set_weights(decoder: Decoder, weights: Mapping[str, Tensor]) -> None:
+    """Give layers parameters of their own: the tensors that they share with another model stay as they are.
+
+    Args:
+        weights: by "index.path", the path relative to the layer (`3.mlp.down_proj.weight`).
+
+    Raises:
+        ValueError: a layer or parameter that is not there, or another shape.
+    """
+    for name, tensor in weights.items():
+        index, _, path = name.partition(".")
+        owner, _, attribute = path.rpartition(".")
+        try:
+            module = decoder.layers[int(index)].get_submodule(owner)
+            old = module.get_parameter(attribute)
+        except (AttributeError, IndexError, ValueError):
+            raise ValueError(f"weights for {name!r}, which this model of {len(decoder)} layers has not") from None
+        if old.shape != tensor.shape:
+            raise ValueError(f"weights for {name!r} are {tuple(tensor.shape)}, the model's {tuple(old.shape)}")
+        setattr(module, attribute, nn.Parameter(tensor.to(old.device, old.dtype), requires_grad=old.requires_grad))
+
+
+@torch.no_grad()
+def scale_stream(decoder: Decoder, below: int, factor: float) -> None:
+    """Multiply the residual stream before layer `below` by `factor`, in the weights that write to it.
+
+    Embeddings and everything that the layers under `below` add to the stream are multiplied; pre-norm layers do not see
+    the difference, up to their epsilon (Prune&Comp, AAAI 2026). With tied embeddings the final norm takes 1/factor.
+
+    Raises:
+        ValueError: a family whose stream is itself normalised (OPT-350m).
+    """
+    family, base = decoder.family, decoder.base
+    if family.attention_norm is None:
+        raise ValueError("the stream of a model that normalises after each sublayer (OPT-350m) cannot be scaled")
+    head = decoder.model.get_output_embeddings()
+    tied = head is not None and head.weight is base.embed_tokens.weight
+    for module in (base.embed_tokens, getattr(base, "embed_positions", None)):
+        if module is not None:
+            module.weight = nn.Parameter(module.weight * factor, requires_grad=module.weight.requires_grad)
+    if tied:
+        head.weight = base.embed_tokens.weight
+        final = getattr(base, "norm", None) or base.final_layer_norm
+        for name, parameter in list(final.named_parameters()):
+            offset = family.norm_offset if name == "weight" else 0.0
+            scaled = (parameter.float() + offset) / factor - offset
+            setattr(final, name, nn.Parameter(scaled.to(parameter.dtype), requires_grad=parameter.requires_grad))
+    weights = {}
+    for index in range(below):
+        for path in family.writers:
+            for name, parameter in decoder.part(decoder.layers[index], path).named_parameters():
+                offset = family.norm_offset if path in family.mixed_norms else 0.0
+                weights[f"{index}.{path}.{name}"] = (parameter.float() + offset) * factor - offset
+    set_weights(decoder, weights)
+
+
 def _mix(tensors: Sequence[Tensor], ratio: Sequence[float]) -> Tensor:
-    return sum(r * t.float() for r, t in zip(ratio, tensors, strict=True) if r > 0).to(tensors[0].dtype)  # type: ignore[union-attr,return-value]
+    return sum(r * t.float() for r, t in zip(ratio, tensors, strict=True) if r != 0).to(tensors[0].dtype)  # type: ignore[union-attr,return-value]
 
 
 def _gains(decoder: Decoder, layers: Sequence[nn.Module], path: str) -> list[Tensor]:

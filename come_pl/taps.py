@@ -52,6 +52,38 @@ def boundaries(decoder: Decoder, start: int = 0) -> Iterator[dict[int, Tensor]]:
             handle.remove()
 
 
+def stream_at(
+    decoder: Decoder,
+    boundary: int,
+    input_ids: Tensor,
+    mask: Tensor | None = None,
+    *,
+    start: int = 0,
+    hidden: Tensor | None = None,
+) -> Tensor:
+    """The stream (batch, seq, hidden) at one boundary; no layer above it runs, and none below `start`, where the stream
+    is `hidden`."""
+    if boundary == start and hidden is not None:
+        return hidden
+    found: list[Tensor] = []
+    layer = decoder.layers[max(boundary - 1, 0)]
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        found.append(_stream_of(args, kwargs))
+
+    def after(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        found.append(output if isinstance(output, Tensor) else output[0])
+
+    handle = (
+        layer.register_forward_hook(after) if boundary else layer.register_forward_pre_hook(before, with_kwargs=True)
+    )
+    try:
+        decoder.run(input_ids, mask, start=start, hidden=hidden, stop=max(boundary, 1))
+    finally:
+        handle.remove()
+    return found[0]
+
+
 @contextlib.contextmanager
 def projection_inputs(decoder: Decoder, start: int, seen: Callable[[str, int, Tensor], None]) -> Iterator[None]:
     """Calls `seen("attention" | "mlp", layer, x)` with the input x (batch, seq, channels; OPT: batch·seq, channels) of

@@ -261,3 +261,24 @@ def test_meter_sees_memory_of_its_own_time():
     held = torch.ones(2**26)
     assert 0.2 < meter.peak_gib - idle < 0.4
     assert meter.seconds > 0 and held[0] == 1
+
+
+@pytest.mark.parametrize("scale", [None, 1.25])
+def test_weights_scale_and_blend_are_replayed_from_the_files(tmp_path: Path, scale: float | None) -> None:
+    model = tiny_model(layers=5)
+    record = Record(5, tmp_path / "record.jsonl")
+    student = Decoder(share(model))
+    shape = model.model.layers[0].mlp.down_proj.weight.shape
+    blend = Step("blend", [1, 2], [0.25, 0.75], norm="first", weights={"1.mlp.down_proj.weight": torch.randn(shape)})
+    for step in (blend, Step("drop", [2], scale=scale)):
+        apply(step, student)
+        record.append(step)
+        record.write()
+    again = Record.read(tmp_path / "record.jsonl", 5)
+    assert again.groups == [[0], [1, 2, 3], [4]] and [s.scale for s in again.steps] == [None, scale]
+    rebuilt = replay(again, model)
+    for (name, one), other in zip(student.model.state_dict().items(), rebuilt.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+    (tmp_path / "weights" / "001.safetensors").write_bytes(b"x")
+    with pytest.raises(RecordError, match="line 1 .*weights"):
+        Record.read(tmp_path / "record.jsonl", 5)

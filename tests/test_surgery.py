@@ -14,8 +14,10 @@ import torch
 from conftest import FAMILIES, MIXED_NORMS, tiny_ids, tiny_model
 from torch import Tensor, nn
 
+from come_pl import surgery
 from come_pl.decoder import Decoder, UnsupportedModel
 from come_pl.surgery import Kept, concatenate, dominant, drop, head_channels, replace_span, share
+from come_pl.taps import boundaries
 
 FOLDABLE = tuple(f for f in FAMILIES if f not in MIXED_NORMS)
 EVERYTHING = Kept(tuple(range(2)), tuple(range(48)))
@@ -408,3 +410,65 @@ def test_a_missing_part_is_named():
     del model.model.layers[0].self_attn.q_norm
     with pytest.raises(UnsupportedModel, match="q_norm"):
         Decoder(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("norm", ["first", "mix"])
+def test_a_blend_is_the_weighted_sum_of_its_layers(family: str, norm: Any) -> None:
+    model = tiny_model(family)
+    decoder = Decoder(surgery.share(model))
+    coefficients = [-1.0, 0.5, 1.0]
+    new = surgery.blend(decoder, list(decoder.layers[:3]), coefficients, norm)
+    sources = [dict(layer.named_parameters()) for layer in decoder.layers[:3]]
+    for name, parameter in new.named_parameters():
+        expected = sum(c * s[name] for c, s in zip(coefficients, sources, strict=True))
+        if norm == "first" and "norm" in name:
+            expected = sources[0][name]
+        torch.testing.assert_close(parameter, expected)
+    assert all(torch.equal(p, dict(decoder.layers[0].named_parameters())[n]) for n, p in sources[0].items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scaling_the_stream_changes_it_below_and_nothing_that_layers_see(family: str) -> None:
+    model = tiny_model(family)
+    student = surgery.share(model)
+    teacher, decoder, ids = Decoder(model), Decoder(student), tiny_ids()
+    if family == "opt-350m":
+        with pytest.raises(ValueError, match="normalises after each sublayer"):
+            surgery.scale_stream(decoder, 2, 1.7)
+        return
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    surgery.scale_stream(decoder, 2, 1.7)
+    with torch.no_grad(), boundaries(teacher) as dense:
+        teacher.run(ids)
+    with torch.no_grad(), boundaries(decoder) as scaled:
+        decoder.run(ids)
+    for index in range(3):
+        torch.testing.assert_close(scaled[index], 1.7 * dense[index], rtol=2e-4, atol=2e-4)
+        normed = [
+            part(states[index]) for part, states in ((_norm(teacher, index), dense), (_norm(decoder, index), scaled))
+        ]
+        torch.testing.assert_close(normed[0], normed[1], rtol=2e-4, atol=2e-4)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "the teacher must stay whole"
+    tied = model.config.tie_word_embeddings
+    assert (student.get_output_embeddings().weight is student.get_input_embeddings().weight) == tied
+    hidden = torch.randn(2, 3, decoder.geometry.hidden)
+    final = [getattr(d.base, "norm", None) or d.base.final_layer_norm for d in (teacher, decoder)]
+    torch.testing.assert_close(decoder.logits(final[1](hidden)), teacher.logits(final[0](hidden)), rtol=1e-3, atol=1e-3)
+
+
+def _norm(decoder: Decoder, index: int) -> Any:
+    return decoder.part(decoder.layers[index], str(decoder.family.attention_norm))
+
+
+def test_set_weights_leaves_the_teacher_and_refuses_what_does_not_fit() -> None:
+    model = tiny_model()
+    decoder = Decoder(surgery.share(model))
+    name, shape = "2.mlp.down_proj.weight", model.model.layers[2].mlp.down_proj.weight.shape
+    before = model.model.layers[2].mlp.down_proj.weight.clone()
+    surgery.set_weights(decoder, {name: torch.ones(shape)})
+    assert torch.equal(decoder.layers[2].mlp.down_proj.weight, torch.ones(shape))
+    assert torch.equal(model.model.layers[2].mlp.down_proj.weight, before)
+    for wrong, match in (("9.mlp.down_proj.weight", "has not"), ("2.mlp.nothing.weight", "has not"), (name, "are")):
+        with pytest.raises(ValueError, match=match):
+            surgery.set_weights(decoder, {wrong: torch.ones(3, 3)})

@@ -20,6 +20,7 @@ from come_pl.taps import (
     losses_and_divergences,
     projection_inputs,
     states_for,
+    stream_at,
     targets_of,
     token_losses,
 )
@@ -72,6 +73,8 @@ class PruningModule(LightningModule):
         self.start = 0  # lowest layer that the next pass runs
         self.batches: list[dict[str, Any]] = []
         self._states: list[Tensor | None] = []  # of each batch: (boundaries, batch, seq, hidden)
+        self.valid = 0  # highest boundary of `_states` that is the student's as it is
+        self._teacher_states: dict[int, Tensor] = {}  # the same of the teacher, once something asks for them
         self._teacher_final: dict[int, Tensor] = {}
         self._targets: float | None = None  # predicted tokens of all processes
         self.statistics = self._fresh_statistics()
@@ -125,6 +128,7 @@ class PruningModule(LightningModule):
             self._states[batch_idx] = store
         for boundary in range(self.start + 1, len(self.student) + 1):
             store[boundary].copy_(found[boundary])
+        self.valid = len(self.student)
 
     def _forward(self, batch_idx: int, start: int, **arrangement: Any) -> Tensor:
         batch, kept = self.batches[batch_idx], self._states[batch_idx]
@@ -134,6 +138,29 @@ class PruningModule(LightningModule):
         return self.student.run(*_inputs(batch), start=start, hidden=hidden, **arrangement)
 
     # -- what methods may ask for -----------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def stream(self, batch_idx: int, boundary: int) -> Tensor:
+        """The student's stream (batch, seq, hidden) before layer `boundary`, of one batch of `batches`."""
+        kept = self._states[batch_idx]
+        if kept is not None and boundary <= self.valid:
+            return kept[boundary].to(self.device, non_blocking=True)
+        start, hidden = 0, None
+        if kept is not None:
+            start, hidden = self.valid, kept[self.valid].to(self.device)
+        return stream_at(self.student, boundary, *_inputs(self.batches[batch_idx]), start=start, hidden=hidden)
+
+    @torch.inference_mode()
+    def teacher_stream(self, batch_idx: int, boundary: int) -> Tensor:
+        """The teacher's stream (batch, seq, hidden) before its layer `boundary`, of one batch of `batches`."""
+        if self.cache == "none":
+            return stream_at(self.teacher, boundary, *_inputs(self.batches[batch_idx]))
+        kept = self._teacher_states.get(batch_idx)
+        if kept is None:
+            with boundaries(self.teacher) as found:
+                self.teacher.run(*_inputs(self.batches[batch_idx]))
+            kept = self._teacher_states[batch_idx] = torch.stack([found[b] for b in range(len(self.teacher) + 1)]).cpu()
+        return kept[boundary].to(self.device, non_blocking=True)
 
     @torch.inference_mode()
     def loss(
@@ -176,8 +203,12 @@ class PruningModule(LightningModule):
     def do(self, step: Step, layer: nn.Module | None = None) -> None:
         """Apply a step to the student; the next pass starts at the lowest changed layer."""
         records.apply(step, self.student, layer)
-        lowest = min(step.layers)
+        self.changed_from(0 if step.scale is not None else min([*step.layers, *step.layers_with_weights]))
+
+    def changed_from(self, lowest: int) -> None:
+        """The next pass starts at layer `lowest`: the student is another from there on."""
         self.start = 0 if self.cache == "none" else lowest
+        self.valid = min(self.valid, lowest)
         self.statistics = self.statistics.carry(len(self.student), self.start)
 
     def _monitored(self, batch_idx: int) -> bool:

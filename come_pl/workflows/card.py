@@ -23,7 +23,7 @@ The licence is that of the base model.
 
 def pruned_card(info: Mapping[str, Any], record: Record) -> str:
     """Markdown of a pruned model's card, from the run's `run.json` and record."""
-    merges = sum(s.kind == "merge" for s in record.steps)
+    merges = sum(s.kind != "drop" for s in record.steps)
     drops = len(record.steps) - merges
     done = " and ".join(f"{n} {what}" for n, what in ((merges, "merges"), (drops, "drops")) if n)
     data = info["data"]
