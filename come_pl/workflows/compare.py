@@ -1,0 +1,269 @@
+"""Many pruning runs on one model with the same tokens: methods × depths, each run a process of its own."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from come_pl import models
+from come_pl.pruning.methods import METHODS, find
+from come_pl.runs import RUN_FILE, RunError, digest, read_run, target_depth
+from come_pl.workflows.comparison import plots, write_tables
+from come_pl.workflows.tables import number, write_json
+
+ROOT = Path("runs/compare")
+DEPTHS = (0.9, 0.8, 0.7)  # of the model's layers, where no depths are given
+
+
+class BadMethod(ValueError):
+    """A method that cannot be read; the message says how one is written."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method with its options, as it is named in the table."""
+
+    name: str
+    options: tuple[tuple[str, str], ...] = ()
+    label: str = ""
+
+    @property
+    def arguments(self) -> list[str]:
+        return [f"--method.name={self.name}", *(f"--method.{key}={value}" for key, value in self.options)]
+
+
+def read_contender(text: str) -> Contender:
+    """`NAME` or `NAME:OPTION=VALUE,OPTION=VALUE`; `label=…` among the options is its name in the table.
+
+    A comma that is not followed by `OPTION=` belongs to the value: `reverse:layers=[1,2],label=first`.
+
+    Raises:
+        BadMethod: not written like that. UnknownMethod: no method of that name.
+    """
+    name, colon, rest = text.partition(":")
+    find(name)
+    options: dict[str, str] = {}
+    for part in re.split(r",(?=\s*[\w-]+=)", rest) if colon else []:
+        key, equals, value = part.strip().partition("=")
+        key = key.replace("-", "_")
+        if not equals or not value or not re.fullmatch(r"[A-Za-z_]\w*", key) or key == "name" or key in options:
+            raise BadMethod(
+                f"method {text!r}: {part.strip()!r} is not an option; expected NAME:OPTION=VALUE,OPTION=VALUE"
+                + (" with each option once" if key in options else "")
+            )
+        options[key] = value
+    label = options.pop("label", name + (f" {', '.join(f'{k}={v}' for k, v in options.items())}" if options else ""))
+    return Contender(name, tuple(options.items()), label)
+
+
+def read_contenders(texts: Sequence[str]) -> list[Contender]:
+    """Raises BadMethod: none, two of one label, or one method twice with the same options."""
+    found = [read_contender(text) for text in texts]
+    if not found:
+        raise BadMethod("no method to compare; expected --methods NAME NAME …")
+    for index, one in enumerate(found):
+        for other in found[:index]:
+            if one.label == other.label:
+                raise BadMethod(f"method {texts[index]!r}: {one.label!r} is in the list already; give it a label=…")
+            if (one.name, set(one.options)) == (other.name, set(other.options)):
+                raise BadMethod(f"method {texts[index]!r} is the same as {other.label!r}; name it once")
+    return found
+
+
+def compare(
+    methods: list[str] | None = None,
+    depths: list[int] | None = None,
+    model: str = "embedded",
+    calibration: str = "embedded",
+    tokens: int = 16384,
+    seqlen: int = 512,
+    evaluation: list[str] | None = None,
+    evaluation_tokens: int = 16384,
+    seed: int = 0,
+    output: Path = ROOT,
+    keep_models: bool = False,
+    overwrite: bool = False,
+    passed: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Run every method at every depth, and write the table and the plots.
+
+    A run that is finished is not run again, one that was cut off goes on; one that fails is reported and the others
+    run. So the same command goes on after a kill, and another one with more methods adds to the table.
+
+    Args:
+        methods: Methods, each NAME or NAME:OPTION=VALUE,OPTION=VALUE (`come:rho=0.5,label=half`); all by default.
+        depths: Depths to prune to; 0.9, 0.8 and 0.7 of the model's layers by default.
+        model: The dense model: `embedded`, a folder, a .gguf file or a hub id.
+        calibration: Text source that every method measures the model on.
+        tokens: Calibration tokens, the same for every method.
+        seqlen: Tokens in a window.
+        evaluation: Held-out text sources; `embedded` by default.
+        evaluation_tokens: Tokens of each.
+        seed: Seed of everything random.
+        output: Folder of the table, the plots, `runs/` (a run folder each) and `logs/` (what each run printed).
+        keep_models: Keep the pruned models. By default the model/ of a run is removed once it is measured, to save
+            disk; its run.json, record and pictures stay.
+        overwrite: Run what is finished again.
+        passed: Further arguments of prune.py, for every run.
+
+    Returns:
+        One row for each method, depth and evaluation text.
+
+    Raises:
+        ValueError: one of the package's own errors, all of which are one clear line.
+    """
+    contenders = read_contenders(list(METHODS) if methods is None else methods)
+    layers = models.load_config(model).get_text_config(decoder=True).num_hidden_layers
+    targets = [round(share * layers) for share in DEPTHS] if depths is None else depths
+    targets = sorted({target_depth(layers, depth, None) for depth in targets}, reverse=True)
+    if not targets:
+        raise RunError("no depth to prune to; expected --depths N N …")
+    texts = evaluation or ["embedded"]
+    common = {
+        "--model.path": model,
+        "--data.calibration": calibration,
+        "--data.tokens": tokens,
+        "--data.seqlen": seqlen,
+        "--evaluation.data": "[" + ", ".join(map(repr, texts)) + "]",
+        "--evaluation.tokens": evaluation_tokens,
+        "--seed": seed,
+    }
+    shared = [*(f"{name}={value}" for name, value in common.items()), *passed]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"output folder {str(output)!r} cannot be written ({error.strerror}); give another --output"
+        ) from None
+    settings = {
+        "model": model,
+        "layers": layers,
+        "calibration": calibration,
+        "tokens": tokens,
+        "seqlen": seqlen,
+        "evaluation": texts,
+        "seed": seed,
+        "passed": list(passed),
+        "command": " ".join(["come-compare", *sys.argv[1:]]),
+    }
+    rows: list[dict[str, Any]] = []
+    pairs = [(contender, depth) for depth in targets for contender in contenders]
+    for index, (contender, depth) in enumerate(pairs, 1):
+        print(f"[{index}/{len(pairs)}] {contender.label} → {depth} of {layers} layers", end=" … ", flush=True)
+        arguments = [*contender.arguments, f"--target_layers={depth}", *shared]
+        name = f"{contender.name}-{depth}-{digest({'arguments': sorted(arguments)})}"
+        folder = output / "runs" / name
+        failure = _one(folder, output / "logs" / f"{name}.log", arguments, keep=keep_models, overwrite=overwrite)
+        found = _rows(contender, depth, folder, texts, failure)
+        print(_said(found[0]), flush=True)
+        rows += found
+        write_tables(rows, settings, output)
+    _same_ground(rows)
+    write_tables(rows, settings, output)
+    plots(rows, settings, output)
+    print((output / "comparison.md").read_text(encoding="utf-8"))
+    print(f"written to {output}")
+    return rows
+
+
+def _finished(folder: Path) -> bool:
+    try:
+        return read_run(folder).get("status") == "finished"
+    except RunError:
+        return False
+
+
+def _one(folder: Path, log: Path, arguments: Sequence[str], *, keep: bool, overwrite: bool) -> str | None:
+    """One run of prune.py, unless it is finished; its last error line if it fails."""
+    anew = overwrite or (keep and _finished(folder) and not (folder / "model").is_dir())
+    if anew or not _finished(folder):
+        error = _start([*arguments, f"--output={folder}", *(["--overwrite=true"] if anew else [])], log)
+        if error is None and not _finished(folder):
+            error = "stopped before its target"
+        if error is not None:
+            return error
+    if not keep and (folder / "model").is_dir():
+        info = read_run(folder) | {"model_removed": "by come-compare; --keep_models keeps it"}
+        write_json(folder / RUN_FILE, info)
+        for saved in folder.glob("model*"):
+            if saved.is_dir():
+                shutil.rmtree(saved)
+    return None
+
+
+def _start(arguments: Sequence[str], log: Path) -> str | None:
+    """A process of its own: its memory peak is the method's, and a crash takes nothing else down."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "wb") as file:
+        command = [sys.executable, "-m", "come_pl.cli.prune", *arguments]
+        code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT).returncode
+    if code == 0:
+        return None
+    if code < 0:
+        return f"killed by signal {-code}" + (" (out of memory?)" if code == -9 else "")
+    lines = [line.strip() for line in re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace"))]
+    lines = [line for line in lines if line]
+    named = [line for line in lines if line.startswith("error:")]
+    return (named or lines or [f"exit code {code}"])[-1].removeprefix("error: ")
+
+
+def _rows(
+    contender: Contender, depth: int, folder: Path, texts: Sequence[str], error: str | None
+) -> list[dict[str, Any]]:
+    head: dict[str, Any] = {
+        "method": contender.label,
+        "layers": depth,
+        "name": contender.name,
+        "options": dict(contender.options),
+        "run": str(folder),
+    }
+    if error is not None:
+        return [head | {"text": text, "status": "failed", "error": error} for text in texts]
+    info = read_run(folder)
+    measures = {
+        "status": "finished",
+        "seconds": info["seconds"]["prune"],
+        "peak_gib": info["peak_gib"],
+        "calibration_tokens": info["data"]["tokens"],
+        "fingerprints": [info["model"]["fingerprint"], info["data"]["fingerprint"]],
+    }
+    return [head | {"text": text} | measures | quality(info["perplexity"][text]) for text in texts]
+
+
+def quality(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Perplexity, how many times the dense one it is, and the share of dense quality kept: dense / pruned."""
+    dense, pruned = entry["dense"], entry["pruned"]
+    known = math.isfinite(pruned)
+    return {
+        "perplexity": pruned if known else None,
+        "dense": dense,
+        "times_dense": round(pruned / dense, 4) if known else None,
+        "quality_kept": round(dense / pruned, 4) if known else 0.0,
+        "evaluation_tokens": entry["tokens"],
+    }
+
+
+def _same_ground(rows: list[dict[str, Any]]) -> None:
+    """Marks runs of an earlier day whose model or calibration tokens are not those of the others (a file changed)."""
+    finished = [row for row in rows if row["status"] == "finished"]
+    if not finished:
+        return
+    marks = [tuple(row["fingerprints"]) for row in finished]
+    usual = max(marks, key=marks.count)
+    for row, mark in zip(finished, marks, strict=True):
+        if mark != usual:
+            what = "model" if mark[0] != usual[0] else "calibration tokens"
+            row |= {"status": "failed", "error": f"not the {what} of the other runs; --overwrite runs all again"}
+
+
+def _said(row: Mapping[str, Any]) -> str:
+    if row["status"] != "finished":
+        return f"failed: {row['error']}"
+    return f"{number(row['times_dense'])} × dense perplexity, {row['seconds']:.0f} s, {row['peak_gib']:.2f} GiB"
