@@ -13,6 +13,7 @@ import gc
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ def locate(name: str) -> Location:
         if (path / "model" / "config.json").is_file():
             return Location(str(path / "model"))  # a run folder of this package
         raise ModelError(f"model folder {name!r} has no config.json; expected a folder written by save_pretrained")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+    if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise ModelError(
             f"model path {name!r} does not exist; expected a folder, a .gguf file or a hub id like org/name"
         )

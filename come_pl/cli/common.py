@@ -77,7 +77,7 @@ def call(function: Callable[..., Any], argv: Sequence[str], *, prog: str, usage:
 
     parser = ArgumentParser(prog=prog, usage=usage, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with some of the options.")
-    parser.add_function_arguments(function, skip=set(given))
+    parser.add_function_arguments(function, as_positional=True, skip=set(given))
     config = parser.instantiate_classes(parser.parse_args(list(argv)))
     return function(**{k: v for k, v in config.items() if k != "config"}, **given)
 

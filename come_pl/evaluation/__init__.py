@@ -1,1 +1,1 @@
-"""Measuring models: perplexity."""
+"""Measuring models: perplexity, multiple-choice tasks, latency."""

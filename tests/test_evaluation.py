@@ -1,0 +1,300 @@
+"""`come-eval` on tiny models: perplexity by hand, tasks against lm-eval itself, the cache, bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_tiny, tiny_ids, tiny_model, tiny_text, tiny_tokenizer
+
+from come_pl.cli.evaluate import evaluate_main
+from come_pl.evaluation import zeroshot
+from come_pl.evaluation.perplexity import BadWindows, perplexity, strided
+from come_pl.runs import Run
+from come_pl.workflows import evaluate as workflow
+from come_pl.workflows.evaluate import average
+
+TASK = """\
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+test_split: test
+fewshot_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list:
+  - metric: acc
+  - metric: {second}
+"""
+
+
+def questions(folder: Path) -> Path:
+    """Two tasks and a group of them, over twelve questions."""
+    numbers = torch.randint(0, 90, (12, 9), generator=torch.Generator().manual_seed(5)).tolist()
+    rows = [
+        {
+            "question": f"w{n[0]} w{n[1]} w{n[2]}",
+            "choices": [f"w{n[3]}", f"w{n[4]} w{n[5]} w{n[6]}"],
+            "answer": n[7] % 2,
+        }
+        for n in numbers
+    ]
+    (folder / "data").mkdir(parents=True)
+    data = folder / "data" / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    tasks = folder / "tasks"
+    tasks.mkdir()
+    (tasks / "a.yaml").write_text(TASK.format(name="tiny_choice", data=data, second="acc_norm"))
+    (tasks / "b.yaml").write_text(TASK.format(name="mmlu_tiny", data=data, second="acc"))
+    (tasks / "c.yaml").write_text(TASK.format(name="tiny_lost", data=folder / "nothing.jsonl", second="acc"))
+    group = "group: tiny_group\ntask: [tiny_choice, mmlu_tiny]\naggregate_metric_list:\n  - metric: acc\n"
+    (tasks / "group.yaml").write_text(group)
+    return tasks
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dense model, a run folder that came from it, a text and tasks."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    dense = save_tiny(folder / "dense", layers=4)
+    made = Run(folder / "run", {})
+    save_tiny(folder / "run" / "model", layers=3, seed=2)
+    made.update(model={"path": dense, "layers": 4}, status="finished")
+    tiny_text(folder / "text.txt")
+    questions(folder)
+    return folder
+
+
+def evaluated(monkeypatch: pytest.MonkeyPatch, home: Path, *words: object) -> int:
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(sys, "argv", ["come-eval", *map(str, words)])
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(home / "datasets"))
+    try:
+        evaluate_main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+SMALL = ("--texts", "text.txt", "--tokens", 256, "--seqlen", 16, "--include_path", "tasks", "--device", "cpu")
+
+
+# -- perplexity -------------------------------------------------------------------------------------------------------
+
+
+def test_strided_windows_count_every_token_once() -> None:
+    stream = torch.arange(100, 141)
+    for seqlen, stride, first in ((8, 3, None), (8, 7, 0), (8, 8, None), (64, 5, None), (41, 1, None)):
+        ids, mask, counted = strided(stream, seqlen, stride, first)
+        assert ids[counted].tolist() == stream.tolist() and not (counted & ~mask).any()
+        if first is not None:
+            assert (ids[:, 0] == first).all() and mask[:, 0].all() and not counted[:, 0].any()
+        body = ids[:, first is not None :]
+        for row in range(len(ids)):
+            assert body[row, 0] == 100 + row * stride
+    with pytest.raises(BadWindows, match="stride 8: expected from 1 to 7"):
+        strided(stream, 8, 8, 0)
+
+
+@pytest.mark.parametrize("first", [None, 0])
+def test_strided_perplexity_and_divergence_by_hand(first: int | None) -> None:
+    model, dense = tiny_model(seed=1), tiny_model(seed=2)
+    stream = tiny_ids(1, 30)[0]
+    found = perplexity(model, *strided(stream, 10, 4, first)[:2], counted=strided(stream, 10, 4, first)[2], dense=dense)
+    body, nats, kl, count, done = 10 - (first is not None), 0.0, 0.0, 0, 0
+    for begin in range(0, 30, 4):
+        end = min(begin + body, 30)
+        head = [] if first is None else [first]
+        ids = torch.tensor([head + stream[begin:end].tolist()])
+        with torch.no_grad():
+            mine, theirs = (m(ids).logits[0].log_softmax(-1) for m in (model, dense))
+        for position in range(max(done, begin), end):
+            at = position - begin + len(head)
+            if at:
+                nats -= float(mine[at - 1, ids[0, at]])
+                kl += float((theirs[at - 1].exp() * (theirs[at - 1] - mine[at - 1])).sum())
+                count += 1
+        done = end
+        if end == 30:
+            break
+    assert found.tokens == count == 30 - (first is None)
+    assert found.nats == pytest.approx(nats / count, rel=1e-5) and found.kl == pytest.approx(kl / count, rel=1e-4)
+    assert found.word(60, 20) == pytest.approx(math.exp(3 * found.nats))
+    assert perplexity(model, *strided(stream, 10, 4, first)[:2], dense=model).kl == pytest.approx(0, abs=1e-6)
+
+
+# -- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_those_of_lm_eval(home: Path) -> None:
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    from come_pl import models
+
+    manager = TaskManager(include_path=str(home / "tasks"), include_defaults=False)
+    tasks = [zeroshot.TaskName("tiny_choice", 2), zeroshot.TaskName("tiny_group", 0)]
+    runner = zeroshot.TaskRunner(tasks, home / "tasks")
+    model, tokenizer = models.load_model(str(home / "dense"), "float32"), models.load_tokenizer(str(home / "dense"))
+    for task in tasks:
+        theirs: Any = lm_eval.simple_evaluate(
+            model="hf",
+            model_args=f"pretrained={home / 'dense'},dtype=float32",
+            tasks=[task.name],
+            num_fewshot=task.shots,
+            limit=7,
+            device="cpu",
+            task_manager=manager,
+        )
+        score = runner.score(model, tokenizer, task, limit=7)
+        metric = "acc" if task.name == "tiny_group" else "acc_norm"
+        entry = theirs["results"][task.name]
+        assert score.metric == metric and score.score == entry[f"{metric},none"]
+        assert score.stderr == pytest.approx(entry[f"{metric}_stderr,none"])
+        assert score.samples == (14 if task.name == "tiny_group" else 7)
+
+
+def test_how_tasks_are_named() -> None:
+    assert [zeroshot.read_task(t).shots for t in ("piqa", "mmlu", "mmlu_offline", "piqa=3", "mmlu=0")] == [
+        0,
+        5,
+        5,
+        3,
+        0,
+    ]
+    for wrong in ("piqa=x", "=3", ""):
+        with pytest.raises(zeroshot.TaskError, match="expected NAME or NAME=SHOTS"):
+            zeroshot.read_task(wrong)
+
+
+def test_average() -> None:
+    scores = {"a": {"model": {"score": 0.5, "stderr": 0.03}, "dense": {"score": 0.75, "stderr": 0.0}}}
+    scores["b"] = {"model": {"score": 0.25, "stderr": 0.04}, "dense": {"score": 0.25, "stderr": None}}
+    found = average(scores)
+    assert found["model"] == {"score": 0.375, "stderr": 0.025} and found["kept"] == 0.75 and found["tasks"] == 2
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_run_next_to_dense_then_again_from_the_cache(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    words = ("run", "--dense", "auto", *SMALL, "--tasks", "tiny_choice", "tiny_lost", "mmlu_tiny", "--limit", 6)
+    assert evaluated(monkeypatch, home, *words) == 1  # one task has no data; the others are there
+    info = json.loads((home / "run" / "eval.json").read_text())
+    assert info["model"]["layers"] == 3 and info["dense"]["layers"] == 4
+    assert list(info["tasks"]) == ["tiny_choice", "mmlu_tiny"] and "tiny_lost" in info["failed"]
+    assert info["tasks"]["tiny_choice"]["shots"] == 0 and info["tasks"]["mmlu_tiny"]["shots"] == 5
+    assert info["tasks"]["tiny_choice"]["model"]["metric"] == "acc_norm"
+    assert info["tasks"]["tiny_choice"]["model"]["samples"] == 6
+    entry = info["perplexity"]["text.txt"]
+    ids = torch.tensor(tiny_tokenizer()((home / "text.txt").read_text()).input_ids[:256]).view(-1, 16)
+    from transformers import AutoModelForCausalLM
+
+    for which, path in (("model", "run/model"), ("dense", "dense")):
+        with torch.no_grad():
+            nats = AutoModelForCausalLM.from_pretrained(home / path)(ids, labels=ids).loss.item()
+        assert entry[which]["token"] == pytest.approx(math.exp(nats), rel=1e-4)
+        assert entry[which]["words"] == 256 and entry[which]["word"] == pytest.approx(math.exp(nats), rel=1e-4)
+    assert entry["model"]["kl"] > 0 and entry["dense"]["kl"] is None
+    assert entry["quality_kept"] == pytest.approx(entry["dense"]["token"] / entry["model"]["token"], abs=1e-4)
+    page = (home / "run" / "eval.md").read_text()
+    assert "| tiny_choice | 0 | acc_norm | 6 |" in page and "| average |" in page and "Failed: " in page
+
+    asked: list[str] = []
+    monkeypatch.setattr(
+        workflow, "_score_of", lambda runner, model, tokenizer, task, **_: asked.append(task.name) or {}
+    )
+    monkeypatch.setattr(workflow, "_perplexity", lambda *_, **__: pytest.fail("it is in the cache"))
+    (home / "run" / "eval.json").unlink()
+    words = tuple(w for w in words if w != "tiny_lost")
+    assert evaluated(monkeypatch, home, *words) == 0 and not asked
+    again = json.loads((home / "run" / "eval.json").read_text())
+    assert again["tasks"] == info["tasks"] and again["perplexity"] == info["perplexity"]
+    with pytest.raises(KeyError):  # the stand-in has no score: other limit, other result
+        evaluated(monkeypatch, home, *words[:-1], 5)
+    assert asked == ["tiny_choice"] * 2
+
+
+def test_killed_between_tasks_goes_on(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = workflow._score_of
+    asked: list[str] = []
+
+    def score(runner: Any, model: Any, tokenizer: Any, task: Any, **options: Any) -> dict[str, Any]:
+        asked.append(task.name)
+        if asked == ["tiny_choice", "mmlu_tiny"]:
+            raise KeyboardInterrupt
+        return real(runner, model, tokenizer, task, **options)
+
+    monkeypatch.setattr(workflow, "_score_of", score)
+    words = ("dense", *SMALL, "--tasks", "tiny_choice", "mmlu_tiny", "--limit", 3, "--output", "out/dense.json")
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(monkeypatch, home, *words)
+    assert list(json.loads((home / "out/dense.json").read_text())["tasks"]) == ["tiny_choice"]
+    assert evaluated(monkeypatch, home, *words) == 0
+    assert asked == ["tiny_choice", "mmlu_tiny", "mmlu_tiny"]
+    info = json.loads((home / "out/dense.json").read_text())
+    assert list(info["tasks"]) == ["tiny_choice", "mmlu_tiny"] and "dense" not in info
+    assert info["perplexity"]["text.txt"]["model"]["kl"] is None
+
+
+def test_bos_and_strides(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny(home / "gemma", "gemma")
+    words = ("gemma", *SMALL, "--tasks", "none", "--stride", 5, "--output", "gemma.json", "--cache", "elsewhere")
+    assert evaluated(monkeypatch, home, *words) == 0
+    info = json.loads((home / "gemma.json").read_text())
+    assert info["settings"]["bos"] and info["perplexity"]["text.txt"]["model"]["tokens"] == 256
+    assert not info["tasks"] and "average" not in info and list((home / "elsewhere").glob("*.json"))
+    assert "strided by 5, each begun with BOS" in (home / "gemma.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["nothing-here/"], "nothing-here"),
+        (["dense", "--dense", "auto"], "give --dense PATH"),
+        (["dense", "--tasks", "tiny_choise"], "did you mean 'tiny_choice'?"),
+        (["dense", "--tasks", "tiny_choice=many"], "expected NAME or NAME=SHOTS"),
+        (["dense", "--include_path", "nowhere"], "include_path 'nowhere' is no folder"),
+        (["dense", "--limit", "0"], "limit 0: expected at least 1"),
+        (["dense", "--stride", "99"], "stride 99: expected from 1 to 16"),
+        (["dense", "--texts", "lost.txt"], "lost.txt"),
+        (["dense", "--device", "toaster"], "device 'toaster' cannot be used"),
+        (["dense", "--dense", "other"], "expected the model that it was made from"),
+        (["empty"], "run folder 'empty' has no model/"),
+        ([], "model"),
+    ],
+)
+def test_bad_input_is_one_line(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, words: list[str], expected: str
+) -> None:
+    if words[-1:] == ["other"]:
+        save_tiny(home / "other", vocab_size=99)
+    if words == ["empty"]:
+        Run(home / "empty", {})
+    rest = [word for word in SMALL if word not in ("--device", "cpu")]
+    rest += [] if "--tasks" in words else ["--tasks", "tiny_choice"]
+    if "--include_path" in words:
+        rest = rest[: rest.index("--include_path")] + rest[rest.index("--include_path") + 2 :]
+    assert evaluated(monkeypatch, home, *words[:1], *rest, *words[1:], "--output", "bad/eval.json") == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.strip().count("\n") == 0 and error.startswith("error: ")
+    assert not (home / "bad").exists()
+
+
+def test_without_lm_eval(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def absent(name: str) -> str:
+        raise zeroshot.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(zeroshot.metadata, "version", absent)
+    assert evaluated(monkeypatch, home, "dense", "--output", "bad/eval.json") == 2
+    assert "pip install 'come_pl[eval]', or give --tasks none" in capsys.readouterr().err
