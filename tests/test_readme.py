@@ -10,6 +10,9 @@ import sys
 import pytest
 from cli import ROOT
 
+from come_pl.cli.compare import compare_main
+from come_pl.cli.evaluate import evaluate_main
+from come_pl.cli.latency import latency_main
 from come_pl.cli.prune import prune_main
 from come_pl.cli.train import train_main
 
@@ -19,6 +22,9 @@ COMMANDS = [
     for block in re.findall(r"```bash\n(.*?)```", README, re.S)
     for line in block.splitlines()
 ]
+
+
+MAINS = {"come-compare": compare_main, "come-eval": evaluate_main, "come-latency": latency_main}
 
 
 def commands(start: str) -> list[str]:
@@ -31,6 +37,15 @@ def test_commands(line: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.
     monkeypatch.setattr(sys, "argv", [*shlex.split(line)[1:], "--print_config"])
     with pytest.raises(SystemExit) as stop:
         train_main() if "train.py" in line else prune_main()
+    assert stop.value.code in (0, None), capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", commands("come-"))
+def test_console_scripts(line: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, *words = shlex.split(line)
+    monkeypatch.setattr(sys, "argv", [name, *words, "--print_config"])
+    with pytest.raises(SystemExit) as stop:
+        MAINS[name]()
     assert stop.value.code in (0, None), capsys.readouterr().err
 
 

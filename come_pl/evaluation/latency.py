@@ -47,7 +47,7 @@ class Turns:
         prompt: seconds of prompt processing, one entry a turn.
         generation: seconds of generating all new tokens, one entry a turn.
         peak_gib: the weights, and the most that was allocated beside what was there before a turn (on a CPU as the
-            process' memory grows: what Python or the allocator reuses is not seen).
+            process' memory grows: what is reused is not seen, what torch.compile takes is).
     """
 
     prompt: list[float] = field(default_factory=list)
@@ -106,7 +106,8 @@ def take_turns(
                     line = next(iter(str(error).strip().splitlines()), type(error).__name__)
                     raise LatencyError(f"torch.compile failed ({line}); measure without --compile") from error
                 raise
-            found[name].peak_gib = max(found[name].peak_gib, weights[name] + meter.peak_gib - before)
+            if turn >= 0 or meter.device is None:  # the memory of a process grows once, in the first turn
+                found[name].peak_gib = max(found[name].peak_gib, weights[name] + meter.peak_gib - before)
             if turn >= 0:
                 found[name].prompt.append(reading)
                 found[name].generation.append(writing)
