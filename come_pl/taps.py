@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
 
 from come_pl.decoder import Decoder
@@ -177,7 +178,7 @@ class LayerStatistics(Metric):
         """
         precise = self.tokens.dtype
         weight = mask.to(precise)
-        last = _last_token(mask)
+        last = last_token(mask)
         has_tokens = mask.any(1).to(precise)
         self.tokens += weight.sum()
         self.windows += has_tokens.sum()
@@ -217,7 +218,7 @@ class LayerStatistics(Metric):
         return {name: value.detach().clone() for name, value in result.items()}
 
 
-def _last_token(mask: Tensor) -> Tensor:
+def last_token(mask: Tensor) -> Tensor:
     """Index of the last counted token of each row (batch,); 0 for a row without any."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     return (positions * mask).argmax(1)
@@ -238,14 +239,18 @@ def targets_of(mask: Tensor) -> Tensor:
 def token_losses(decoder: Decoder, hidden: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
     """Negative log-likelihood (nats) of each next token, (batch, seq − 1), 0 where nothing is predicted.
 
-    Logits exist for a slice of the sequence at a time.
+    Logits exist for a slice of the sequence at a time, also in a backward pass.
     """
+
+    def sliced(stream: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(decoder.logits(stream).float().transpose(1, 2), targets, reduction="none")
+
     counted = targets_of(mask)
     batch, seq = counted.shape
     losses = []
     for part in _chunks(decoder, batch, seq):
-        logits = decoder.logits(hidden[:, :-1][:, part]).float()
-        losses.append(F.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:][:, part], reduction="none"))
+        inputs = hidden[:, :-1][:, part], input_ids[:, 1:][:, part]
+        losses.append(checkpoint(sliced, *inputs, use_reentrant=False) if hidden.requires_grad else sliced(*inputs))
     # not a product: what a padding position predicts may be NaN
     return torch.cat(losses, 1).where(counted, 0.0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from come_pl.cli.common import add_run_arguments, guarded, normalise, quiet, scan
@@ -21,15 +22,35 @@ ALIASES = {  # the official toolkit's flags, and short names, by what they are h
     "--granularity": "--method.granularity",
     "--psu": "--method.p",
     "--min_max": "--method.rho",
+    "--barriers": "--method.barriers",
+    "--angular": "--method.angular",
+    "--norm_power": "--method.norm_power",
+    "--weight_reduction": "--method.weight_reduction",
+    "--block_reduction": "--method.block_reduction",
+    "--heuristic": "--method.heuristic",
+    "--retain_layer": "--method.retain_layer",
+    "--compensate": "--method.compensate",
     "--ppl_data": "--evaluation.data",
 }
-SWITCHES = {"--method.wo_repeat", "--continue_saving", "--overwrite", "--resume"}  # a bare flag means true
-LISTS = {"--evaluation.data"}
+SWITCHES = {  # a bare flag means true
+    *("--method.wo_repeat", "--method.angular", "--method.heuristic"),
+    *("--continue_saving", "--overwrite", "--resume"),
+}
+LISTS = {"--evaluation.data", "--method.retain_layer"}
 
 
 def prune_main() -> None:
     """Console script `come-prune`, and `prune.py`."""
     guarded(_prune)
+
+
+def refuse_unknown(argv: Sequence[str], method: str, known: Sequence[str]) -> None:
+    """Raises ValueError if an option of methods is given that this one has not; `known` are its own, as method.NAME."""
+    for word in argv:
+        option = word.partition("=")[0].rstrip("+")
+        if option.startswith("--method.") and option != "--method.name" and option[2:] not in known:
+            has = ", ".join(f"--{k}" for k in known) or "none"
+            raise ValueError(f"method {method!r} has no option {option}; its options: {has}")
 
 
 def _prune() -> None:
@@ -77,7 +98,8 @@ def _prune() -> None:
                 default=name,
                 help=f"Pruning method: {', '.join(METHODS)} (aliases: {', '.join(METHOD_ALIASES)}).",
             )
-            parser.add_class_arguments(method_class, "method", instantiate=False)
+            known = parser.add_class_arguments(method_class, "method", instantiate=False)
+            refuse_unknown(sys.argv[1:], name, known)
             if asked == "concat_merge":
                 # the official name has the official defaults
                 parser.set_defaults({"method.rho": 0.0, "method.wo_repeat": False, "method.span_tokens": "last"})

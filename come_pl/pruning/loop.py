@@ -30,13 +30,14 @@ class ProgressivePruning(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PruningModule)
         self.meter = Meter(pl_module.device)
+        pl_module.needs = self.method.needs_for(pl_module.record)
         pl_module.statistics.to(pl_module.device)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PruningModule)
         record: Record = pl_module.record
         # compute() sums over processes, so each of them takes the same decision
-        statistics = pl_module.statistics.compute() if pl_module.needs else {}
+        statistics = pl_module.statistics.compute() if pl_module.needs - {"streams"} else {}
         for name, value in statistics.items():
             if not bool(value.isfinite().all()):
                 raise NotFinite(f"{name} of the calibration pass is not finite; the model overflows in this dtype")

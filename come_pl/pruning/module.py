@@ -113,7 +113,8 @@ class PruningModule(LightningModule):
                 else:
                     self._forward(batch_idx, self.start)
             below = [] if kept is None else [s.to(mask.device, non_blocking=True) for s in kept[: self.start + 1]]
-            self.statistics.update(states_for(found, below), mask, self.start)
+            if self.needs - {"streams"}:
+                self.statistics.update(states_for(found, below), mask, self.start)
             if self.cache != "none":
                 self._keep(batch_idx, found)
 
@@ -124,9 +125,9 @@ class PruningModule(LightningModule):
         if store is None:
             first = found[0]
             store = torch.empty((len(self.student) + 1, *first.shape), dtype=first.dtype, device="cpu")
-            store[0] = first
             self._states[batch_idx] = store
-        for boundary in range(self.start + 1, len(self.student) + 1):
+        # the embeddings change too when the stream is scaled
+        for boundary in range(self.start + 1 if self.start else 0, len(self.student) + 1):
             store[boundary].copy_(found[boundary])
         self.valid = len(self.student)
 
@@ -146,7 +147,7 @@ class PruningModule(LightningModule):
         if kept is not None and boundary <= self.valid:
             return kept[boundary].to(self.device, non_blocking=True)
         start, hidden = 0, None
-        if kept is not None:
+        if kept is not None and self.valid > 0:
             start, hidden = self.valid, kept[self.valid].to(self.device)
         return stream_at(self.student, boundary, *_inputs(self.batches[batch_idx]), start=start, hidden=hidden)
 
@@ -175,23 +176,28 @@ class PruningModule(LightningModule):
 
         Args:
             start: lowest layer that differs from the student; layers below are not run.
-            bound: a loss already found; once this one is sure to be above it, infinity is returned.
+            bound: a loss already found; infinity is returned for one above it, as soon as that is sure.
         """
-        if self._targets is None:
-            counts = [targets_of(batch["mask"]).sum(dtype=torch.float64) for batch in self.batches]
-            self._targets = max(float(self._sum(torch.stack(counts).sum())), 1.0)
+        targets = self.targets()
         # (nats, processes that gave up), on the device: only a bound makes the host wait for each batch
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for index, batch in enumerate(self.batches):
             hidden = self._forward(index, start, skip=skip, swap=swap)
             total[0] += token_losses(self.student, hidden, batch["input_ids"], batch["mask"]).sum(dtype=torch.float64)
-            if bound < math.inf and float(total[0]) > bound * self._targets:
+            if bound < math.inf and float(total[0]) > bound * targets:
                 total[1] = 1  # this process alone is above the bound, so the sum is
                 break
-        nats, gave_up = self._sum(total).tolist()
-        return math.inf if gave_up else nats / self._targets
+        nats, gave_up = self.sum(total).tolist()
+        return math.inf if gave_up or nats > bound * targets else nats / targets
 
-    def _sum(self, value: Tensor) -> Tensor:
+    def targets(self) -> float:
+        """Predicted tokens of the calibration windows of all processes, at least 1."""
+        if self._targets is None:
+            counts = [targets_of(batch["mask"]).sum(dtype=torch.float64) for batch in self.batches]
+            self._targets = max(float(self.sum(torch.stack(counts).sum())), 1.0)
+        return self._targets
+
+    def sum(self, value: Tensor) -> Tensor:
         """Sum over processes, on the CPU."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             value = value.to(self.device)
@@ -203,12 +209,13 @@ class PruningModule(LightningModule):
     def do(self, step: Step, layer: nn.Module | None = None) -> None:
         """Apply a step to the student; the next pass starts at the lowest changed layer."""
         records.apply(step, self.student, layer)
-        self.changed_from(0 if step.scale is not None else min([*step.layers, *step.layers_with_weights]))
+        lowest = min([*step.layers, *step.layers_with_weights])
+        self.changed_from(-1 if step.scale is not None else lowest)  # a scale changes the embeddings too
 
     def changed_from(self, lowest: int) -> None:
         """The next pass starts at layer `lowest`: the student is another from there on."""
-        self.start = 0 if self.cache == "none" else lowest
         self.valid = min(self.valid, lowest)
+        self.start = 0 if self.cache == "none" else max(self.valid, 0)  # lower, if no pass followed the step before
         self.statistics = self.statistics.carry(len(self.student), self.start)
 
     def _monitored(self, batch_idx: int) -> bool:
@@ -237,7 +244,7 @@ class PruningModule(LightningModule):
                     batch["mask"].sum().double(),
                 ]
             )
-        sums = self._sum(sums)
+        sums = self.sum(sums)
         loss, divergence_mean = float(sums[0] / sums[1].clamp(min=1)), float(sums[2] / sums[3].clamp(min=1))
         if not math.isfinite(loss):
             raise NotFinite("the calibration loss is not finite; the model or its dtype overflows on this text")

@@ -7,8 +7,25 @@ import difflib
 from come_pl.pruning.methods.base import Method
 from come_pl.pruning.methods.come import CoMe
 from come_pl.pruning.methods.come_p import CoMeP
+from come_pl.pruning.methods.magnitude import Magnitude, MagnitudePlus
+from come_pl.pruning.methods.prune_comp import PruneComp
+from come_pl.pruning.methods.reverse import Reverse
+from come_pl.pruning.methods.shortgpt import ShortGPT
+from come_pl.pruning.methods.sleb import SLEB
+from come_pl.pruning.methods.taylor import Taylor, TaylorPlus
 
-METHODS: dict[str, type[Method]] = {"come": CoMe, "come_p": CoMeP}
+METHODS: dict[str, type[Method]] = {
+    "come": CoMe,
+    "come_p": CoMeP,
+    "sleb": SLEB,
+    "shortgpt": ShortGPT,
+    "magnitude": Magnitude,
+    "magnitude+": MagnitudePlus,
+    "taylor": Taylor,
+    "taylor+": TaylorPlus,
+    "reverse": Reverse,
+    "prune_comp": PruneComp,
+}
 ALIASES = {"concat_merge": "come", "concat_merge_P": "come_p"}
 
 

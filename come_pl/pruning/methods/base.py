@@ -22,16 +22,25 @@ class Decision:
     layer: nn.Module | None = None
 
 
+class NoSite(ValueError):
+    """Every place where a step could be taken is forbidden."""
+
+
 class Method(ABC):
     """Decides one step at a time.
 
     Class attributes:
-        needs: what the calibration pass collects for it, of `channel_intensity`, `block_influence` and
-            `span_distance` (the last two come together); empty for a method that looks at weights only.
+        needs: what the calibration pass collects for it, of `channel_intensity`, `block_influence`, `span_distance`
+            (the last two come together) and `streams` (nothing but the streams that `module.loss` and `module.stream`
+            start from); empty for a method that looks at weights only.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     span = 2  # layers that a span distance covers
+
+    def needs_for(self, record: Record) -> frozenset[str]:
+        """What the next step needs of `needs`; without any no pass is run."""
+        return self.needs
 
     @abstractmethod
     def __call__(

@@ -28,16 +28,12 @@ import torch
 from torch import Tensor
 
 from come_pl.decoder import Decoder
-from come_pl.pruning.methods.base import Decision, Method
+from come_pl.pruning.methods.base import Decision, Method, NoSite
 from come_pl.record import Record, Step
 from come_pl.surgery import Kept, Norm, dominant
 
 if TYPE_CHECKING:
     from come_pl.pruning.module import PruningModule
-
-
-class NoSite(ValueError):
-    """Every place where a step could be taken is forbidden."""
 
 
 def merge_ratio(influence: Sequence[float], originals: int, p: float = 1.0, rho: float = 0.0) -> list[float]:
