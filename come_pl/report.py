@@ -34,7 +34,13 @@ SCORES = {  # key -> (panel title, colour bar label)
     "magnitude": ("Magnitude: how large each layer's weights are", "reduced |W|"),
     "taylor": ("Taylor: how much each layer's weights matter to the loss, to first order", "reduced |W · ∂L/∂W|"),
     "distance_from_top": ("Distance from the last layer", "layers"),
+    "window_distance": ("Window distance: how much the hidden state turns across each window", "1 − cosine"),
+    "final_similarity": ("Final similarity: how true the output stays if a window is merged", "cosine with dense"),
+    "macro_influence": ("Macro influence: how much the output turns without each layer", "1 − cosine"),
+    "shared_information": ("Shared information: what each layer has in common with all", "normalised information"),
 }
+BY_SITE = ("span_distance", "angular_distance", "window_distance", "final_similarity")  # at a site's first layer
+NOT_OF_LAYERS = ("ratio_loss", "ratio_losses", "training_loss")  # scores whose lists do not go by layer
 
 
 def _load(run_dir: Path) -> tuple[list[Step], dict[str, Any], int]:
@@ -205,7 +211,7 @@ def _grids(steps: Sequence[Step], states: Sequence[State], dense: int) -> dict[s
     for row, (step, state) in enumerate(zip(steps, states, strict=False)):
         for key, values in (step.get("scores") or {}).items():
             fits = isinstance(values, list) and len(values) in (len(state), len(state) - len(step["layers"]) + 1)
-            if fits and key != "ratio_losses":
+            if fits and key not in NOT_OF_LAYERS:
                 grid = grids.setdefault(key, np.full((len(steps), dense), np.nan))
                 for value, layer in zip(values, state, strict=False):
                     grid[row, list(layer)] = np.nan if value is None or not math.isfinite(value) else value
@@ -235,7 +241,7 @@ def _heat(axes: Axes, legend: Axes, key: str, grid: np.ndarray, steps: Sequence[
     """One score: dense layers across, steps down, the chosen layers (for spans: the chosen site) outlined."""
     name, unit = SCORES.get(key, (key.replace("_", " ").capitalize(), key.replace("_", " ")))
     low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
-    log, site = low > 0 and high / low > 20, key in ("span_distance", "angular_distance")
+    log, site = low > 0 and high / low > 20, key in BY_SITE
     norm = LogNorm(low, high) if log else Normalize(low, high if high > low else low + 1e-9)
     axes.set(facecolor=PALE, xlabel="dense layer", ylabel="pruning step")
     edges = np.arange(grid.shape[1] + 1) - 0.5, np.arange(grid.shape[0] + 1) + 0.5

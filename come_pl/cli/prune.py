@@ -30,6 +30,7 @@ ALIASES = {  # the official toolkit's flags, and short names, by what they are h
     "--heuristic": "--method.heuristic",
     "--retain_layer": "--method.retain_layer",
     "--compensate": "--method.compensate",
+    "--num_tasks": "--method.num_tasks",
     "--ppl_data": "--evaluation.data",
 }
 SWITCHES = {  # a bare flag means true

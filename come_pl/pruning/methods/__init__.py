@@ -7,11 +7,16 @@ import difflib
 from come_pl.pruning.methods.base import Method
 from come_pl.pruning.methods.come import CoMe
 from come_pl.pruning.methods.come_p import CoMeP
+from come_pl.pruning.methods.fusegpt import FuseGPT
+from come_pl.pruning.methods.laco import LaCo
 from come_pl.pruning.methods.magnitude import Magnitude, MagnitudePlus
+from come_pl.pruning.methods.mka import MKA
 from come_pl.pruning.methods.prune_comp import PruneComp
+from come_pl.pruning.methods.replaceme import ReplaceMe
 from come_pl.pruning.methods.reverse import Reverse
 from come_pl.pruning.methods.shortgpt import ShortGPT
 from come_pl.pruning.methods.sleb import SLEB
+from come_pl.pruning.methods.streamline import Streamline
 from come_pl.pruning.methods.taylor import Taylor, TaylorPlus
 
 METHODS: dict[str, type[Method]] = {
@@ -25,6 +30,11 @@ METHODS: dict[str, type[Method]] = {
     "taylor+": TaylorPlus,
     "reverse": Reverse,
     "prune_comp": PruneComp,
+    "mka": MKA,
+    "laco": LaCo,
+    "replaceme": ReplaceMe,
+    "streamline": Streamline,
+    "fusegpt": FuseGPT,
 }
 ALIASES = {"concat_merge": "come", "concat_merge_P": "come_p"}
 
