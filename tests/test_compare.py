@@ -13,10 +13,10 @@ from conftest import save_tiny, tiny_text
 from PIL import Image
 
 from come_pl.cli.compare import compare_main
+from come_pl.report.methods import _apart, plots
 from come_pl.runs import read_run
 from come_pl.workflows import compare as workflow
 from come_pl.workflows.compare import read_contender, read_contenders
-from come_pl.workflows.comparison import _apart, plots
 
 
 @pytest.fixture(scope="module")

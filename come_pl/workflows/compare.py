@@ -14,9 +14,11 @@ from typing import Any
 
 from come_pl import models
 from come_pl.pruning.methods import METHODS, find
+from come_pl.report.methods import plots
+from come_pl.report.style import number
 from come_pl.runs import RUN_FILE, RunError, digest, read_run, target_depth
-from come_pl.workflows.comparison import plots, write_tables
-from come_pl.workflows.tables import number, write_json
+from come_pl.workflows.comparison import write_tables
+from come_pl.workflows.tables import write_json
 
 ROOT = Path("runs/compare")
 DEPTHS = (0.9, 0.8, 0.7)  # of the model's layers, where no depths are given

@@ -12,8 +12,9 @@ import torch
 
 from come_pl.evaluation.latency import LatencyError, Load, ideal, speed_up, summary, take_turns
 from come_pl.record import versions, write_atomically
+from come_pl.report.style import number
 from come_pl.workflows.subject import described, device_of, read_pair, read_subject
-from come_pl.workflows.tables import markdown, number, write_json
+from come_pl.workflows.tables import markdown, write_json
 
 ROOT = Path("runs/latency")
 

@@ -1,25 +1,15 @@
-"""Numbers and tables as people read them."""
+"""Tables as people and programs read them."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from come_pl.record import write_atomically
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """Two digits below a hundred, none from a thousand on; a dash where there is no number."""
-    if value is None or math.isnan(value):
-        return "–"
-    if value >= 1e6:
-        return f"{value:.2g}"
-    return f"{value:,.{digits if value < 100 else 1 if value < 1000 else 0}f}"
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -5,8 +5,6 @@ A PNG's ``Description`` is its text alternative.  A step's ``layers`` index the 
 
 import json
 import math
-import os
-import textwrap
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -20,12 +18,11 @@ from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path as Curve
 from matplotlib.ticker import LogLocator, MaxNLocator
 
+from come_pl.report.style import GREY, INK, OKABE_ITO, PALE, SOFT, TITLE, plural, save_picture, wrap
+
 Step = dict[str, Any]
 State = list[dict[int, float]]  # per layer: dense layer it stands for -> share of its channels (0: dropped)
 
-OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-INK, SOFT, GREY, PALE = "#222222", "#5f5f5f", "#cfcfcf", "#ededed"
-TITLE: dict[str, Any] = {"size": 13, "weight": "bold", "color": INK, "va": "top", "linespacing": 1.3}
 SCORES = {  # key -> (panel title, colour bar label)
     "block_influence": ("Block influence: how much each layer changes the hidden state", "1 − cosine(in, out)"),
     "span_distance": ("Span distance: how far the hidden state moves across each merge site", "distance"),
@@ -40,10 +37,10 @@ SCORES = {  # key -> (panel title, colour bar label)
     "shared_information": ("Shared information: what each layer has in common with all", "normalised information"),
 }
 BY_SITE = ("span_distance", "angular_distance", "window_distance", "final_similarity")  # at a site's first layer
-NOT_OF_LAYERS = ("ratio_loss", "ratio_losses", "training_loss")  # scores whose lists do not go by layer
+NOT_OF_LAYERS = ("ratio_loss", "ratio_losses", "training_loss", "refit_error")  # scores whose lists do not go by layer
 
 
-def _load(run_dir: Path) -> tuple[list[Step], dict[str, Any], int]:
+def load_record(run_dir: Path) -> tuple[list[Step], dict[str, Any], int]:
     """Steps, run.json (empty where absent) and the dense model's number of layers (0 where nothing says)."""
     record, run_file = run_dir / "record.jsonl", run_dir / "run.json"
     lines = record.read_text(encoding="utf-8").splitlines() if record.exists() else []
@@ -86,29 +83,6 @@ def shares(steps: Sequence[Step], teacher_layers: int) -> list[dict[int, float]]
     return _states(steps, teacher_layers)[-1]
 
 
-def save_picture(figure: Figure, path: Path, title: str, description: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    words = {"Title": title.replace("\u00a0", " "), "Description": description.replace("\u00a0", " ")}
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(draft, format="png", dpi=150, facecolor="white", metadata=words)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-    return path
-
-
-def wrap(text: str, width: float) -> list[str]:
-    """Lines no longer than width, and about as long as each other."""
-    count = max(len(textwrap.wrap(text, int(width))), 1)
-    evenly = min(int(width), int(1.12 * len(text) / count) + 6)
-    return textwrap.wrap(text, evenly, break_on_hyphens=False, break_long_words=False)
-
-
-def _plural(number: int, word: str) -> str:
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"
-
-
 def _span(layers: Sequence[int]) -> str:
     """Where the touched layers lie: the shortest window that holds 80 % of them, if much shorter than the whole."""
     ordered, need = sorted(layers), math.ceil(0.8 * len(layers))
@@ -119,13 +93,13 @@ def _span(layers: Sequence[int]) -> str:
 
 
 def _finding(steps: Sequence[Step], final: State, run: dict[str, Any], dense: int) -> str:
-    title = f"{_plural(dense, 'layer')}, none merged or dropped"
+    title = f"{plural(dense, 'layer')}, none merged or dropped"
     if steps:
         drops = sum(s == 0 for layer in final for s in layer.values())
         merges = sum(step.get("kind") != "drop" for step in steps)
-        did = [_plural(merges, "merge")] * bool(merges) + [_plural(drops, "layer") + " dropped"] * bool(drops)
+        did = [plural(merges, "merge")] * bool(merges) + [plural(drops, "layer") + " dropped"] * bool(drops)
         where = _span([t for layer in final for t, s in layer.items() if s < 1])
-        title = f"{_plural(dense, 'layer')} became {len(final)}: {' and '.join(did)}, {where}"
+        title = f"{plural(dense, 'layer')} became {len(final)}: {' and '.join(did)}, {where}"
     for data, value in (run.get("perplexity") or {}).items():
         pair = (value.get("dense"), value.get("pruned")) if isinstance(value, dict) else ()
         numbers = [float(v) for v in pair if isinstance(v, int | float) and v > 0]
@@ -138,7 +112,7 @@ def _finding(steps: Sequence[Step], final: State, run: dict[str, Any], dense: in
 
 def merge_map(run_dir: Path, path: Path | None = None) -> Path:
     """Draw which dense layers became which layers of the pruned model; the picture's path."""
-    steps, run, dense = _load(Path(run_dir))
+    steps, run, dense = load_record(Path(run_dir))
     final = shares(steps, dense)
     title = _finding(steps, final, run, dense)
     real = [{t: s for t, s in layer.items() if s > 0} for layer in final]
@@ -161,8 +135,8 @@ def merge_map(run_dir: Path, path: Path | None = None) -> Path:
     heading: dict[str, Any] = {"size": 9.5, "weight": "bold", "color": INK, "va": "bottom"}
     model = Path(str((run.get("model") or {}).get("path") or "")).name[:60]
     axes.text(left, height - 0.1, model, size=8, color=SOFT, va="bottom")
-    axes.text(left, top - 0.09, f"Dense model, {_plural(dense, 'layer')}", **heading)
-    axes.text(right, top - 0.09, f"New model, {_plural(len(final), 'layer')}", **heading)
+    axes.text(left, top - 0.09, f"Dense model, {plural(dense, 'layer')}", **heading)
+    axes.text(right, top - 0.09, f"New model, {plural(len(final), 'layer')}", **heading)
     if merged and merged[0]:
         said = "Whose channels each merged layer kept (layer: share)"
         axes.text(bar, top + merged[0] * pitch - 0.09, said, size=8.5, color=SOFT, va="bottom")
@@ -233,7 +207,7 @@ def _verdict(grids: dict[str, np.ndarray], steps: Sequence[Step], states: Sequen
     low = int(np.argmin(np.convolve(influence, np.ones(size), "valid")))
     inside = sum(np.mean([low <= t < low + size for t in layers]) >= 0.5 for layers in chosen)
     makes = f": {name} makes" if 2 * inside >= len(steps) else f", but {name} makes only"
-    count = f"{inside} of its {_plural(len(steps), verb[:-1])}"
+    count = f"{inside} of its {plural(len(steps), verb[:-1])}"
     return f"Layers {low}–{low + size - 1} change the hidden state least{makes} {count} there"
 
 
@@ -267,7 +241,7 @@ def _heat(axes: Axes, legend: Axes, key: str, grid: np.ndarray, steps: Sequence[
 
 def importance(run_dir: Path, path: Path | None = None) -> Path:
     """Draw each step's layer scores, the layers it chose and what that cost; the picture's path."""
-    steps, run, dense = _load(Path(run_dir))
+    steps, run, dense = load_record(Path(run_dir))
     states = _states(steps, dense)
     grids = _grids(steps, states, dense)
     title = _verdict(grids, steps, states, run)
@@ -305,6 +279,6 @@ def importance(run_dir: Path, path: Path | None = None) -> Path:
         words = "The run's steps hold no per-layer scores, calibration loss or KL: nothing to draw here."
         figure.text(0.45 / width, 0.9 / height, words, color=SOFT, size=10.5)
     names = ", ".join(key.replace("_", " ") for key in grids) or "none"
-    words = f"{title}. Heat maps over {dense} dense layers, {_plural(len(steps), 'step')}: {names}. "
+    words = f"{title}. Heat maps over {dense} dense layers, {plural(len(steps), 'step')}: {names}. "
     words += " ".join(f"{name} ends at {p[-1][1]:.3g} with {p[-1][0]} layers left." for name, p in costs.items())
     return save_picture(figure, path or Path(run_dir) / "importance.png", title, words.strip())

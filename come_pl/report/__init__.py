@@ -1,0 +1,5 @@
+"""Pictures and one self-contained page from run folders: reads records and results, loads no model."""
+
+from come_pl.report.layers import importance, merge_map, shares
+
+__all__ = ["importance", "merge_map", "shares"]

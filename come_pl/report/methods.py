@@ -1,0 +1,158 @@
+"""Pictures of a comparison of methods, from the rows of `comparison.json`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+
+from come_pl.report.style import INK, OKABE_ITO, PALE, SOFT, TITLE, model_name, number, save_picture, wrap
+
+COLOURS = (*OKABE_ITO, INK, "#8a8a8a")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
+CEILING = 1e3  # × dense: a broken model is drawn there, however broken
+
+Row = Mapping[str, Any]
+
+
+def by_text(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
+    for text in dict.fromkeys(row["text"] for row in rows):
+        yield text, [row for row in rows if row["text"] == text]
+
+
+def ground(rows: Sequence[Row], settings: Mapping[str, Any], text: str) -> str:
+    """What every run had in common."""
+    done = next((row for row in rows if row["status"] == "finished"), None)
+    words = f"Calibrated on {done['calibration_tokens'] if done else settings['tokens']} tokens of "
+    words += f"{Path(settings['calibration']).name} (windows of {settings['seqlen']}, seed {settings['seed']})"
+    if done:
+        words += f"; perplexity on {done['evaluation_tokens']} held-out tokens of {Path(text).name}"
+        words += f", dense {number(done['dense'])}"
+    return words + "."
+
+
+def plots(rows: Sequence[Row], settings: Mapping[str, Any], folder: Path) -> list[Path]:
+    """`comparison.png` for the first evaluation text, `comparison-2.png` for the second, …; none without a result."""
+    found = [(text, chosen) for text, chosen in by_text(rows) if any(row["status"] == "finished" for row in chosen)]
+    names = ["comparison.png" if n == 1 else f"comparison-{n}.png" for n in range(1, len(found) + 1)]
+    return [plot(chosen, settings, text, folder / name) for (text, chosen), name in zip(found, names, strict=True)]
+
+
+def _finding(curves: Mapping[str, Mapping[int, float]], layers: int) -> str:
+    """The plot's title: who loses least, and how much."""
+    depths = sorted({depth for curve in curves.values() for depth in curve})
+    ranked = {d: sorted((c[d], label) for label, c in curves.items() if d in c) for d in depths}
+    first = {depth: ranking[0][1] for depth, ranking in ranked.items()}
+    deepest = depths[0]
+    best, winner = ranked[deepest][0]
+    costs = f"{number(best)}× the dense perplexity at {deepest} of {layers} layers"
+    if len(curves) == 1:
+        return f"{winner} costs {costs}"
+    if len(set(first.values())) == 1:
+        title = f"{winner} loses least{' at every depth' if len(depths) > 1 else ''}: {costs}"
+        if len(ranked[deepest]) > 1:
+            second, other = ranked[deepest][1]
+            title += f", {other} {number(second)}×"
+        return title
+    others = " and ".join(f"{first[d]} at {d} ({number(ranked[d][0][0])}×)" for d in depths[:0:-1])
+    return f"no method wins everywhere: {others}, then {winner} with {costs}"
+
+
+def _apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Positions at least `gap` apart, in the order of `wanted` (ascending) and as near to it as can be, least squares.
+
+    Isotonic regression of what is left when each gap is taken away; what passes an end is pushed back inside.
+    """
+    blocks: list[list[float]] = []
+    for index, value in enumerate(wanted):
+        blocks.append([value - index * gap])
+        while len(blocks) > 1 and np.mean(blocks[-2]) >= np.mean(blocks[-1]):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    level = [float(np.mean(block)) for block in blocks for _ in block]
+    room = max(high - gap * (len(wanted) - 1), low)
+    return [min(max(value, low), room) + index * gap for index, value in enumerate(level)]
+
+
+def plot(rows: Sequence[Row], settings: Mapping[str, Any], text: str, path: Path) -> Path:
+    """Draw × dense perplexity against depth, a line a method, named at its end; the picture's path."""
+    layers = settings["layers"]
+    curves: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row["status"] == "finished":
+            curves.setdefault(row["method"], {})[row["layers"]] = row["times_dense"] or math.inf
+    failed = sorted({f"{row['method']} at {row['layers']}" for row in rows if row["status"] != "finished"})
+    title = f"{model_name(settings['model'])}: {_finding(curves, layers)}"
+    caption = f"Each line is a method, pruning from {layers} layers; lower is better. {ground(rows, settings, text)}"
+    beyond = any(value > CEILING for curve in curves.values() for value in curve.values())
+    caption += f" What is above {CEILING:,.0f}× is drawn there." * beyond
+    caption += f" Failed: {', '.join(failed)}." * bool(failed)
+    width, count = 9.6, len(curves)
+    head, notes = wrap(title, width * 8.1), wrap(caption, width * 13.6)
+    above, tall = 0.65 + 0.25 * len(head) + 0.18 * len(notes), max(3.4, 0.225 * count + 0.4)
+    height = above + tall + 0.65
+    figure = Figure(figsize=(width, height))
+    figure.text(0.45 / width, 1 - 0.3 / height, "\n".join(head), **TITLE)
+    below = 1 - (0.42 + 0.25 * len(head)) / height
+    figure.text(0.45 / width, below, "\n".join(notes), size=8.5, color=SOFT, va="top", linespacing=1.4)
+    longest = max((len(label) for label in curves), default=0)
+    side = min(4.2, 1.35 + 0.075 * longest)
+    axes = figure.add_axes((1.0 / width, 0.65 / height, (width - 1.0 - side) / width, tall / height))
+    _axes(axes, curves, layers)
+    ends = []
+    deepest = min(depth for curve in curves.values() for depth in curve)
+    order = sorted(curves, key=lambda label: (curves[label][min(curves[label])], label))
+    for index, label in enumerate(order):
+        curve = {layers: 1.0} | curves[label]
+        depths = sorted(curve, reverse=True)
+        values = [min(curve[depth], CEILING) for depth in depths]
+        style: dict[str, Any] = {"color": COLOURS[index % 8], "marker": MARKERS[(index + index // 8) % 8]}
+        line = "-" if index % 16 < 8 else (0, (4, 1.5))
+        axes.plot(depths, values, linestyle=line, linewidth=1.6, markersize=5.5, markevery=slice(1, None), **style)
+        ends.append((axes.transAxes.inverted().transform(axes.transData.transform((depths[-1], values[-1]))), label))
+    ends.sort(key=lambda end: end[0][1])
+    spots = _apart([float(end[0][1]) for end in ends], 0.205 / tall, 0.01, 0.99)
+    for ((x, y), label), spot in zip(ends, spots, strict=True):
+        index = order.index(label)
+        colour, value = COLOURS[index % 8], curves[label][min(curves[label])]
+        axes.plot([x, 1.02, 1.045], [y, spot, spot], color=colour, lw=0.7, transform=axes.transAxes, clip_on=False)
+        marker = MARKERS[(index + index // 8) % 8]
+        axes.plot(1.06, spot, marker=marker, color=colour, ms=5.5, transform=axes.transAxes, clip_on=False)
+        shown = label if len(label) <= 38 else label[:37] + "…"
+        said = f"{shown}  {number(value)}×" if math.isfinite(value) else f"{shown}  not a number"
+        said += f" at {min(curves[label])}" * (min(curves[label]) > deepest)
+        axes.text(1.08, spot, said, size=9, color=INK, va="center_baseline", transform=axes.transAxes)
+    parts = []
+    for label in order:
+        measured = sorted(curves[label].items(), reverse=True)
+        parts.append(f"{label}: " + ", ".join(f"{depth} layers {number(value)}×" for depth, value in measured))
+    words = f"{title}. {caption} Perplexity relative to the dense model, by method: {'; '.join(parts) or 'none'}."
+    return save_picture(figure, path, title, words)
+
+
+def _axes(axes: Axes, curves: Mapping[str, Mapping[int, float]], layers: int) -> None:
+    depths = sorted({layers, *(depth for curve in curves.values() for depth in curve)})
+    top = min(max((v for curve in curves.values() for v in curve.values()), default=1.0), CEILING)
+    axes.set(yscale="log", xlabel="decoder layers left", ylabel="held-out perplexity, × dense")
+    slack = 0.03 * (depths[-1] - depths[0]) or 0.5
+    axes.set_xlim(depths[-1] + slack, depths[0] - slack)
+    axes.set_ylim(0.97 * min(1.0, *(v for c in curves.values() for v in c.values()), 1.0), max(top * 1.08, 1.1))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8.5, color=SOFT, labelcolor=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
+    if len(depths) <= 10:
+        axes.set_xticks(depths, [f"{d}\ndense" if d == layers else str(d) for d in depths])
+    low, high = axes.get_ylim()
+    few = high / low < 3
+    axes.yaxis.set_major_locator(
+        MaxNLocator(6) if few else LogLocator(subs=(1, 2, 5) if high < 300 else (1,), numticks=12)
+    )
+    axes.yaxis.set_minor_locator(LogLocator(subs=()))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}×"))
+    axes.grid(axis="y", color=PALE)
+    axes.set_axisbelow(True)
