@@ -85,6 +85,24 @@ def stream_at(
     return found[0]
 
 
+def layer_run(
+    decoder: Decoder, index: int, path: str, input_ids: Tensor, mask: Tensor | None, hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(output (batch, seq, hidden) of layer `index` on the stream `hidden`, input (batch, seq, channels) of its
+    projection `path`)."""
+    found: list[Tensor] = []
+
+    def before(module: nn.Module, args: tuple) -> None:
+        found.append(args[0])
+
+    handle = decoder.part(decoder.layers[index], path).register_forward_pre_hook(before)
+    try:
+        output = stream_at(decoder, index + 1, input_ids, mask, start=index, hidden=hidden)
+    finally:
+        handle.remove()
+    return output, found[0].reshape(*input_ids.shape, -1)
+
+
 @contextlib.contextmanager
 def projection_inputs(decoder: Decoder, start: int, seen: Callable[[str, int, Tensor], None]) -> Iterator[None]:
     """Calls `seen("attention" | "mlp", layer, x)` with the input x (batch, seq, channels; OPT: batch·seq, channels) of

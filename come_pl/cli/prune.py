@@ -31,6 +31,8 @@ ALIASES = {  # the official toolkit's flags, and short names, by what they are h
     "--retain_layer": "--method.retain_layer",
     "--compensate": "--method.compensate",
     "--num_tasks": "--method.num_tasks",
+    "--refit": "--refit.parts",
+    "--sweep": "--refit.sweep",
     "--ppl_data": "--evaluation.data",
 }
 SWITCHES = {  # a bare flag means true
@@ -65,6 +67,7 @@ def _prune() -> None:
     from come_pl.pruning.methods import ALIASES as METHOD_ALIASES
     from come_pl.pruning.methods import METHODS, find
     from come_pl.pruning.module import PruningModule
+    from come_pl.pruning.refit import Refit
     from come_pl.workflows.prune import prune
     from come_pl.workflows.texts import EvaluationText
 
@@ -104,6 +107,7 @@ def _prune() -> None:
             if asked == "concat_merge":
                 # the official name has the official defaults
                 parser.set_defaults({"method.rho": 0.0, "method.wo_repeat": False, "method.span_tokens": "last"})
+            parser.add_class_arguments(Refit, "refit")
             parser.add_class_arguments(EvaluationText, "evaluation")
 
         def before_instantiate_classes(self) -> None:
@@ -132,8 +136,6 @@ def _prune() -> None:
         },
     )
     config = cli.config
-    if config.resume and config.output and not (Path(config.output) / "run.json").is_file():
-        raise ValueError(f"--resume: {config.output!r} holds no run to go on with; run without --resume")
     seed_everything(config.seed, verbose=False)
     options = {k: v for k, v in config.method.items() if k != "name"}
     output = Path(config.output) if config.output else None
@@ -143,6 +145,7 @@ def _prune() -> None:
         cli.trainer,
         method=name,
         options=options,
+        refit=cli.config_init.refit,
         target_layers=config.target_layers,
         sparsity=config.sparsity,
         evaluation=cli.config_init.evaluation,
@@ -150,6 +153,7 @@ def _prune() -> None:
         seed=config.seed,
         continue_saving=config.continue_saving,
         overwrite=config.overwrite,
+        resume=config.resume,
     )
 
 

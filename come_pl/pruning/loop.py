@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from come_pl.pruning.methods.base import Method
 from come_pl.pruning.module import NotFinite, PruningModule
+from come_pl.pruning.refit import Refit
 from come_pl.record import Meter, Record, Step
 
 
@@ -20,17 +21,25 @@ class ProgressivePruning(Callback):
     Args:
         method: decides the steps.
         target_layers: depth to stop at.
+        refit: repair in closed form after each step.
         after_step: called on the first process after each step, with the module.
     """
 
-    def __init__(self, method: Method, target_layers: int, after_step: Callable[[PruningModule], None] | None = None):
+    def __init__(
+        self,
+        method: Method,
+        target_layers: int,
+        after_step: Callable[[PruningModule], None] | None = None,
+        refit: Refit | None = None,
+    ):
         self.method, self.target_layers, self.after_step = method, target_layers, after_step
+        self.refit = refit or Refit()
         self.steps_done = 0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PruningModule)
         self.meter = Meter(pl_module.device)
-        pl_module.needs = self.method.needs_for(pl_module.record)
+        pl_module.needs = self.method.needs_for(pl_module.record) | self.refit.needs
         pl_module.statistics.to(pl_module.device)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -44,9 +53,10 @@ class ProgressivePruning(Callback):
         decision = self.method(pl_module, statistics, record, remove=record.layers - self.target_layers)
         step = decision.step
         pl_module.do(step, decision.layer)
+        record.append(step)
+        self.refit.after(pl_module, step, record, last=record.layers <= self.target_layers)
         step.loss, step.kl = pl_module.monitor()
         step.seconds, step.peak_gib = self.meter.seconds, self.meter.peak_gib
-        record.append(step)
         self.steps_done += 1
         if trainer.is_global_zero:
             record.write()

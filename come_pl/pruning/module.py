@@ -218,6 +218,24 @@ class PruningModule(LightningModule):
         self.start = 0 if self.cache == "none" else max(self.valid, 0)  # lower, if no pass followed the step before
         self.statistics = self.statistics.carry(len(self.student), self.start)
 
+    @torch.inference_mode()
+    def advance(self, layer: int) -> None:
+        """Run one layer of the student again, so that the stream after it is valid."""
+        if self.cache == "none":
+            return
+        for index, store in enumerate(self._states):
+            assert store is not None and self.valid >= layer, "streams are advanced from below"
+            store[layer + 1].copy_(
+                stream_at(
+                    self.student,
+                    layer + 1,
+                    *_inputs(self.batches[index]),
+                    start=layer,
+                    hidden=store[layer].to(self.device),
+                )
+            )
+        self.valid = layer + 1
+
     def _monitored(self, batch_idx: int) -> bool:
         """Whether a batch is among the first `monitor` windows of all processes together."""
         before = sum(len(batch["input_ids"]) for batch in self.batches[:batch_idx])

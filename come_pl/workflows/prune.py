@@ -18,9 +18,10 @@ from come_pl.decoder import Decoder
 from come_pl.pruning.loop import ProgressivePruning, PruningBar, log_step
 from come_pl.pruning.methods import find
 from come_pl.pruning.module import PruningModule
+from come_pl.pruning.refit import Refit, check_family
 from come_pl.record import Meter, Record
 from come_pl.report import importance, merge_map
-from come_pl.runs import Run, RunError, check_space, digest, target_depth
+from come_pl.runs import RUN_FILE, Run, RunError, check_space, digest, target_depth
 from come_pl.workflows.card import pruned_card
 from come_pl.workflows.texts import EvaluationText, evaluation_windows, measure
 
@@ -34,6 +35,7 @@ def prune(
     *,
     method: str,
     options: Mapping[str, Any],
+    refit: Refit | None = None,
     target_layers: int | None = None,
     sparsity: float | None = None,
     evaluation: EvaluationText | None = None,
@@ -41,6 +43,7 @@ def prune(
     seed: int = 0,
     continue_saving: bool = False,
     overwrite: bool = False,
+    resume: bool = False,
 ) -> Path | None:
     """Prune `module.path` and write a run folder; a run that was killed goes on from its last finished step.
 
@@ -52,6 +55,7 @@ def prune(
     """
     main: bool = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     evaluation = evaluation or EvaluationText()
+    refit = refit or Refit()
     name, method_class = find(method)
     chosen = method_class(**options)
     config = models.load_config(module.path).get_text_config(decoder=True)
@@ -63,12 +67,15 @@ def prune(
     identity = {
         "model": {"path": module.path, "dtype": module.dtype_name},
         "method": {"name": name, **options},
+        **({"refit": refit.settings} if refit.on else {}),
         "target_layers": target,
         "data": {"source": windows.source, "tokens": windows.tokens, "fingerprint": windows.fingerprint},
         "monitor": module.monitor_windows,
         "seed": seed,
     }
     output = output or ROOT / f"{_slug(module.path)}-{name}-{target}-{digest(identity)}"
+    if resume and not (output / RUN_FILE).is_file():
+        raise RunError(f"--resume: {str(output)!r} holds no run to go on with; run without --resume")
     run = Run(output, identity, overwrite=overwrite, main=main)
     if run.finished:
         print(f"{output} is finished already; --overwrite runs it again")
@@ -101,6 +108,7 @@ def prune(
                 "dtype": str(model.dtype).removeprefix("torch."),
             },
             method={"name": name, **options},
+            refit=refit.settings,
             data={
                 "source": windows.source,
                 "tokens": windows.tokens,
@@ -117,6 +125,8 @@ def prune(
         run.update(perplexity=measure(model.to(device), texts, "dense"), seconds={"load": round(loading, 2)})
         run.info["seconds"]["dense_perplexity"] = round(meter.seconds, 2)
     module.attach(model, record, needs=chosen.needs, span=chosen.span)
+    if refit.on:
+        check_family(module.teacher)
 
     def save(folder: Path, pruned: dict[str, Any] | None) -> None:
         card = pruned_card(run.info | {"perplexity": pruned or {}}, record)
@@ -134,7 +144,7 @@ def prune(
             log_step(trainer, step)
         if main and record.steps:
             after_step(module)  # if it was killed between a step and its model
-        trainer.callbacks.append(ProgressivePruning(chosen, target, after_step))  # type: ignore[attr-defined]
+        trainer.callbacks.append(ProgressivePruning(chosen, target, after_step, refit))  # type: ignore[attr-defined]
         bars = [PruningBar() if isinstance(c, ProgressBar) else c for c in trainer.callbacks]  # type: ignore[attr-defined]
         trainer.callbacks = bars  # type: ignore[attr-defined]
         trainer.fit(module, datamodule=data)

@@ -1,0 +1,134 @@
+"""Ridge regression from sums: nothing but the normal equations is kept of the tokens, by fold for cross-validation.
+
+    minimise over Δ   Σ_t w_t ‖r_t − Δ x_t‖² + λ s ‖Δ‖²,   s = mean diagonal of Σ_t w_t x_t x_tᵀ
+    Δ = B (A + λ s I)⁻¹,   A = Σ w x xᵀ,   B = Σ w r xᵀ
+
+Δ is the change of a projection, so the ridge pulls towards the weights that are there. λ is the one with the least
+error on folds that the fit has not seen; it is found by walking along a grid from where the last fit ended.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GRID = tuple(10 ** (k / 2) for k in range(-7, 5))  # 0.0003 … 100
+
+
+@dataclass
+class Fit:
+    """A solved regression.
+
+    Attributes:
+        change: Δ (outputs, features), fp32.
+        bias: change of the bias (outputs,), or None.
+        strength: λ.
+        error: error on unseen folds in units of the error without any change; below 1 is better.
+    """
+
+    change: Tensor
+    bias: Tensor | None
+    strength: float
+    error: float
+
+
+class NormalEquations:
+    """Sums over tokens of one regression, in fp32, one set a fold; solved in fp64.
+
+    Args:
+        features: width of x.
+        outputs: width of r.
+        folds: at least 2.
+        bias: also fit a constant.
+    """
+
+    def __init__(self, features: int, outputs: int, folds: int, bias: bool, device: torch.device | None = None):
+        if folds < 2:
+            raise ValueError(f"folds {folds}: cross-validation needs at least 2")
+        width = features + bias
+        self.bias = bias
+        self.a = torch.zeros(folds, width, width, device=device)
+        self.b = torch.zeros(folds, outputs, width, device=device)
+        self.c = torch.zeros(folds, dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor, r: Tensor, weight: Tensor, fold: int) -> None:
+        """x (tokens, features), r (tokens, outputs), weight (tokens,), 0 for a token that does not count."""
+        root = weight.float().sqrt()[:, None]
+        # not a product alone: what stands at a padding position may be NaN
+        x = torch.where(root > 0, x.float() * root, 0.0)
+        r = torch.where(root > 0, r.float() * root, 0.0)
+        if self.bias:
+            x = torch.cat([x, root], dim=1)
+        self.a[fold].addmm_(x.T, x)
+        self.b[fold].addmm_(r.T, x)
+        self.c[fold] += r.square().sum(dtype=torch.float64)
+
+    @property
+    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What processes have to add up."""
+        return self.a, self.b, self.c
+
+    def _change(self, a: Tensor, b: Tensor, strength: float) -> Tensor | None:
+        """Δ (outputs, width) in fp64; None where the equations cannot be solved."""
+        diagonal = a.diagonal()
+        features = len(diagonal) - self.bias
+        ridge = diagonal[:features].mean() * strength
+        a = a.clone()
+        a.diagonal()[:features] += ridge
+        if self.bias:  # the constant itself is free
+            a.diagonal()[features:] += diagonal[features:] * 1e-6
+        factor, info = torch.linalg.cholesky_ex(a)
+        if int(info):
+            return None
+        change = torch.cholesky_solve(b.T, factor).T
+        return change if bool(change.isfinite().all()) else None
+
+    def _unseen_error(self, strength: float, folds: Sequence[int], a: Tensor, b: Tensor) -> float:
+        """Σ over folds of the error there of the fit to the others."""
+        total = 0.0
+        for fold in folds:
+            own_a, own_b = self.a[fold].double(), self.b[fold].double()
+            change = self._change(a - own_a, b - own_b, strength)
+            if change is None:
+                return math.inf
+            total += float(self.c[fold] + ((change @ own_a) * change).sum() - 2 * (change * own_b).sum())
+        return total
+
+    def solve(self, guess: float = 0.1, grid: Sequence[float] = GRID) -> Fit | None:
+        """The best fit; None where no strength does better on unseen folds than no change at all.
+
+        Args:
+            guess: strength to begin the search at.
+            grid: strengths, ascending.
+        """
+        folds = [f for f in range(len(self.c)) if float(self.c[f]) > 0]
+        if len(folds) < 2 or not all(bool(s.isfinite().all()) for s in self.sums):
+            return None
+        a, b, nothing = self.a.sum(0, dtype=torch.float64), self.b.sum(0, dtype=torch.float64), float(self.c.sum())
+        errors: dict[int, float] = {}
+
+        def error(index: int) -> float:
+            if index not in errors:
+                errors[index] = self._unseen_error(grid[index], folds, a, b)
+            return errors[index]
+
+        here = min(range(len(grid)), key=lambda i: abs(math.log(grid[i] / guess)))
+        stride = 2
+        while stride:
+            near = [i for i in (here - stride, here, here + stride) if 0 <= i < len(grid)]
+            best = min(near, key=error)
+            if best == here:
+                stride //= 2
+            here = best
+        if not error(here) < nothing:
+            return None
+        change = self._change(a, b, grid[here])
+        if change is None:
+            return None
+        split = change.shape[1] - self.bias
+        bias = change[:, split].float() if self.bias else None
+        return Fit(change[:, :split].float(), bias, grid[here], error(here) / nothing)

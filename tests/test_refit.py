@@ -1,0 +1,248 @@
+"""Refits: the regression against least squares written out, and what a refitted run must be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli import records, run
+from conftest import FAMILIES, save_tiny, tiny_ids, tiny_model, tiny_text
+
+from come_pl.decoder import Decoder
+from come_pl.pruning.module import PruningModule
+from come_pl.pruning.refit import Refit, check_family, token_weights
+from come_pl.pruning.regression import GRID, NormalEquations
+from come_pl.record import Record, Step, replay
+from come_pl.surgery import Kept
+from come_pl.taps import boundaries, layer_run, projection_inputs
+
+SOLVABLE = tuple(f for f in FAMILIES if f not in ("gemma2", "gemma3", "opt-350m"))
+
+
+def problem(bias: bool, noise: float = 0.1, tokens: int = 400) -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    x, truth = torch.randn(tokens, 6), torch.randn(3, 6)
+    r = x @ truth.T + noise * torch.randn(tokens, 3) + (0.7 if bias else 0.0)
+    weight = torch.rand(tokens)
+    weight[::7] = 0
+    r[::7] = float("nan")  # padding may hold anything
+    return x, r, weight, truth
+
+
+def equations(x: Any, r: Any, weight: Any, bias: bool, folds: int = 4) -> NormalEquations:
+    found = NormalEquations(6, 3, folds, bias)
+    for fold, part in enumerate(torch.arange(len(x)).chunk(folds)):
+        found.add(x[part], r[part], weight[part], fold)
+    return found
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_fit_is_ridge_regression_written_out(bias: bool) -> None:
+    x, r, weight, _ = problem(bias)
+    fit = equations(x, r, weight, bias).solve()
+    assert fit is not None and fit.strength in GRID
+    seen = weight > 0
+    x, r, root = x[seen].double(), r[seen].double(), weight[seen].double().sqrt()[:, None]
+    ridge = fit.strength * (weight[seen].double()[:, None] * x.square()).sum(0).mean()
+    rows = [torch.cat([x * root, ridge.sqrt() * torch.eye(6, dtype=torch.float64)])]
+    if bias:
+        rows.append(torch.cat([root, torch.zeros(6, 1, dtype=torch.float64)]))
+    target = torch.cat([r * root, torch.zeros(6, 3, dtype=torch.float64)])
+    expected = torch.linalg.lstsq(torch.cat(rows, 1), target).solution.T
+    torch.testing.assert_close(fit.change.double(), expected[:, :6], rtol=1e-4, atol=1e-5)
+    if bias:
+        assert fit.bias is not None
+        torch.testing.assert_close(fit.bias.double(), expected[:, 6], rtol=1e-4, atol=1e-5)
+
+
+def test_the_strength_is_the_best_of_the_grid_on_unseen_folds() -> None:
+    x, r, weight, _ = problem(False, noise=6.0, tokens=40)
+    found = equations(x, r, weight, False)
+
+    def unseen(strength: float) -> float:
+        total = nothing = 0.0
+        for fold in torch.arange(len(x)).chunk(4):
+            rest = torch.tensor([i for i in range(len(x)) if i not in fold and weight[i] > 0])
+            mine = torch.tensor([i for i in fold if weight[i] > 0])
+            xs, rs, ws = x[rest].double(), r[rest].double(), weight[rest].double()[:, None]
+            a = (ws * xs).T @ xs
+            change = torch.linalg.solve(a + strength * a.diagonal().mean() * torch.eye(6), (ws * xs).T @ rs).T
+            left = r[mine].double() - x[mine].double() @ change.T
+            total += float((weight[mine, None] * left.square()).sum())
+            nothing += float((weight[mine, None] * r[mine].double().square()).sum())
+        return total / nothing
+
+    fit = found.solve()
+    errors = [unseen(s) for s in GRID]
+    if min(errors) >= 1:
+        assert fit is None
+    else:
+        assert fit is not None and fit.error == pytest.approx(min(errors), rel=1e-4)
+        assert fit.strength == GRID[errors.index(min(errors))]
+
+
+def test_noise_alone_is_not_fitted_and_nothing_is_lost() -> None:
+    torch.manual_seed(3)
+    found = NormalEquations(30, 4, 4, False)
+    for fold in range(4):
+        found.add(torch.randn(12, 30), torch.randn(12, 4), torch.ones(12), fold)
+    assert found.solve(grid=(1e-3, 1e-2, 1e-1)) is None
+    broken = NormalEquations(30, 4, 4, False)
+    for fold in range(4):
+        broken.add(torch.full((12, 30), float("inf")), torch.randn(12, 4), torch.ones(12), fold)
+    assert broken.solve() is None
+    with pytest.raises(ValueError, match="folds 1"):
+        NormalEquations(2, 2, 1, False)
+
+
+def ready(family: str, step: Step, cache: Any = "ram", **options: Any) -> tuple[PruningModule, Record, Refit]:
+    """A module after one pass over four windows and one step, not refitted yet."""
+    model, module = tiny_model(family, layers=5), PruningModule(cache=cache, monitor=1)
+    record, refit = Record(5), Refit(**({"parts": "down"} | options))
+    module.attach(model, record, needs=refit.needs)
+    ids = tiny_ids(windows=8, seq=12)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[3, :5] = False
+    for batch in range(2):
+        part = slice(4 * batch, 4 * batch + 4)
+        module.training_step({"input_ids": ids[part], "mask": mask[part]}, batch)
+    module.do(step)
+    record.append(step)
+    return module, record, refit
+
+
+def merge(first: int = 1, heads: int = 2) -> Step:
+    kept = [Kept((0,), tuple(range(0, 20))), Kept(tuple(range(1, heads)), tuple(range(20, 48)))]
+    return Step("merge", [first, first + 1], [0.4, 0.6], kept, "mean")
+
+
+@pytest.mark.parametrize("family", SOLVABLE)
+@pytest.mark.parametrize("kind", ["merge", "drop"])
+def test_a_refit_is_least_squares_towards_the_teacher(family: str, kind: str) -> None:
+    step = merge(heads=4 if family == "opt" else 2) if kind == "merge" else Step("drop", [2])
+    module, record, refit = ready(family, step)
+    student, teacher = module.student, module.teacher
+    path = student.family.mlp_output
+    projection = student.part(student.layers[1], path)
+    before = {k: v.clone() for k, v in module.teacher_model.state_dict().items()}
+    old, rows = projection.weight.detach().clone().double(), []
+    for batch in module.batches:
+        args = (batch["input_ids"], batch["attention"])
+        seen: list[torch.Tensor] = []
+        with torch.no_grad(), boundaries(teacher) as dense:
+            teacher.run(*args)
+        with (
+            torch.no_grad(),
+            boundaries(student) as own,
+            projection_inputs(student, 1, lambda k, n, x, seen=seen: seen.append(x) if (k, n) == ("mlp", 1) else None),
+        ):
+            student.run(*args)
+        mask = batch["mask"]
+        target, out = dense[3][mask].double(), own[2][mask].double()
+        rows.append((seen[0].reshape(*mask.shape, -1)[mask].double(), target - out, 1 / target.square().mean(-1)))
+    x, r, w = (torch.cat(p) for p in zip(*rows, strict=True))
+    refit.after(module, step, record, last=False)
+    error = step.scores["refit_error"]
+    if step.weights is None:
+        pytest.skip("nothing to gain on unseen windows")
+    assert error[1] is not None and error[1] < 1 and [e for i, e in enumerate(error) if i != 1] == [None] * 3
+    strength = refit._guess
+    if projection.bias is not None:
+        x = torch.cat([x, torch.ones(len(x), 1)], 1)
+    a, b = (w[:, None] * x).T @ x, (w[:, None] * x).T @ r
+    ridge = torch.full((x.shape[1],), strength * float(a.diagonal()[: old.shape[1]].mean()), dtype=torch.float64)
+    ridge[old.shape[1] :] = 1e-6 * a.diagonal()[old.shape[1] :]
+    change = torch.linalg.solve(a + ridge.diag(), b).T
+    new = student.part(student.layers[1], path).weight
+    torch.testing.assert_close(new.double(), old + change[:, : old.shape[1]], rtol=1e-3, atol=1e-4)
+    assert all(torch.equal(v, before[k]) for k, v in module.teacher_model.state_dict().items())
+    assert set(step.weights) <= {f"1.{path}.weight", f"1.{path}.bias"}
+
+
+@pytest.mark.parametrize("parts", ["down", "both"])
+def test_a_sweep_repairs_every_layer_from_the_lowest_changed_one(parts: Any) -> None:
+    module, record, refit = ready("llama", merge(), parts=parts, sweep=1)
+    step = record.steps[0]
+    refit.after(module, step, record, last=True)
+    assert step.weights and {int(n.partition(".")[0]) for n in step.weights} <= {1, 2, 3}
+    assert {n.rpartition(".")[0].partition(".")[2] for n in step.weights} <= {"mlp.down_proj", "self_attn.o_proj"}
+    rebuilt = replay(record, module.teacher_model)
+    for (name, one), other in zip(
+        module.student_model.state_dict().items(), rebuilt.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other), name
+
+
+def test_the_cache_changes_nothing() -> None:
+    weights = []
+    for cache in ("ram", "none"):
+        module, record, refit = ready("llama", Step("drop", [2]), cache=cache, sweep=1)
+        refit.after(module, record.steps[0], record, last=True)
+        weights.append(record.steps[0].weights)
+    assert weights[0] and weights[0].keys() == weights[1].keys()
+    for name, one in weights[0].items():
+        torch.testing.assert_close(one, weights[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_token_weights_do_not_let_massive_activations_own_the_fit() -> None:
+    target = torch.ones(1, 3, 4)
+    target[0, 0] *= 100
+    mask = torch.tensor([[True, True, False]])
+    assert torch.allclose(token_weights(target, mask, "inverse"), torch.tensor([[1e-4, 1.0, 0.0]]))
+    assert torch.equal(token_weights(target, mask, "uniform"), torch.tensor([[1.0, 1.0, 0.0]]))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "opt-350m"])
+def test_families_that_cannot_be_solved_for_say_so(family: str) -> None:
+    with pytest.raises(ValueError, match="a norm stands between"):
+        check_family(Decoder(tiny_model(family)))
+
+
+def test_layer_run_gives_the_layers_own_output_and_input() -> None:
+    decoder, ids = Decoder(tiny_model("qwen2-mixed")), tiny_ids()
+    seen: list[torch.Tensor] = []
+    with (
+        torch.no_grad(),
+        boundaries(decoder) as found,
+        projection_inputs(decoder, 2, lambda k, n, x: seen.append(x) if (k, n) == ("mlp", 2) else None),
+    ):
+        decoder.run(ids)
+    with torch.no_grad():
+        out, x = layer_run(decoder, 2, "mlp.down_proj", ids, None, found[2])
+    assert torch.equal(out, found[3]) and torch.equal(x, seen[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [({"sweep": 1}, "needs --refit"), ({"parts": "down", "sweep": -1}, "sweep -1"), ({"folds": 1}, "folds 1")],
+)
+def test_bad_settings(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        Refit(**options)
+
+
+def test_prune_with_refit_from_the_command_line(tmp_path: Path) -> None:
+    model, text = save_tiny(tmp_path / "m", layers=6), tiny_text(tmp_path / "t.txt")
+    common = ["--model.path", model, "--target_layers", 3, "--data.calibration", text, "--data.tokens", 512]
+    common += ["--data.seqlen", 32, "--evaluation.data", text, "--evaluation.tokens", 64]
+    done = run("prune.py", *common, "--refit", "both", "--sweep", "1", "--output", tmp_path / "a", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    steps = records(tmp_path / "a")
+    assert all("refit_error" in s["scores"] for s in steps)
+    assert any(s.get("weights") for s in steps) and list((tmp_path / "a" / "weights").iterdir())
+    first = run("prune.py", *common, "--refit", "both", "--sweep", "1", "--output", tmp_path / "b",
+                "--trainer.max_steps", 1, cwd=tmp_path)  # fmt: skip
+    assert first.returncode == 0, first.stderr
+    again = run("prune.py", *common, "--refit", "both", "--sweep", "1", "--output", tmp_path / "b", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert records(tmp_path / "b") == steps
+    from safetensors.torch import load_file
+
+    one, other = (load_file(tmp_path / f / "model" / "model.safetensors") for f in "ab")
+    assert all(torch.equal(v, other[k]) for k, v in one.items())
+    refused = run("prune.py", *common, "--sweep", "1", "--output", tmp_path / "c", cwd=tmp_path)
+    assert refused.returncode == 2 and "needs --refit" in refused.stderr
+    nothing = run("prune.py", *common, "--resume", cwd=tmp_path)
+    assert nothing.returncode == 2 and "no run to go on with" in nothing.stderr
