@@ -86,21 +86,33 @@ def stream_at(
 
 
 def layer_run(
-    decoder: Decoder, index: int, path: str, input_ids: Tensor, mask: Tensor | None, hidden: Tensor
+    decoder: Decoder,
+    index: int,
+    path: str,
+    input_ids: Tensor,
+    mask: Tensor | None,
+    hidden: Tensor,
+    layer: nn.Module | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(output (batch, seq, hidden) of layer `index` on the stream `hidden`, input (batch, seq, channels) of its
-    projection `path`)."""
-    found: list[Tensor] = []
+    projection `path`); `layer` runs in its place."""
+    found: dict[str, Tensor] = {}
+    module = layer or decoder.layers[index]
 
     def before(module: nn.Module, args: tuple) -> None:
-        found.append(args[0])
+        found["x"] = args[0]
 
-    handle = decoder.part(decoder.layers[index], path).register_forward_pre_hook(before)
+    def after(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        found["out"] = output if isinstance(output, Tensor) else output[0]
+
+    handles = [decoder.part(module, path).register_forward_pre_hook(before), module.register_forward_hook(after)]
+    # layer 0 is given its stream by the embeddings, which are the same for every student
     try:
-        output = stream_at(decoder, index + 1, input_ids, mask, start=index, hidden=hidden)
+        decoder.run(input_ids, mask, start=index, hidden=hidden, stop=index + 1, swap={index: module})
     finally:
-        handle.remove()
-    return output, found[0].reshape(*input_ids.shape, -1)
+        for handle in handles:
+            handle.remove()
+    return found["out"], found["x"].reshape(*input_ids.shape, -1)
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ ALIASES = {  # the official toolkit's flags, and short names, by what they are h
     "--num_tasks": "--method.num_tasks",
     "--refit": "--refit.parts",
     "--sweep": "--refit.sweep",
+    "--select": "--method.select",
     "--ppl_data": "--evaluation.data",
 }
 SWITCHES = {  # a bare flag means true

@@ -16,11 +16,10 @@ the same idea for any projection of any group, with the student's own input and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from come_pl.decoder import Decoder
 from come_pl.pruning.regression import Fit, NormalEquations
@@ -127,29 +126,46 @@ class Refit:
             weights.update(new)
             errors[index] = fit.error
 
-    @torch.inference_mode()
-    def fit(
-        self, module: PruningModule, index: int, path: str, end: int, batches: Iterable[int] | None = None
-    ) -> Fit | None:
+    def fit(self, module: PruningModule, index: int, path: str, end: int) -> Fit | None:
         """The fit of one projection of student layer `index` towards the teacher's stream at boundary `end`."""
-        student = module.student
-        projection = student.part(student.layers[index], path)
-        outputs, features = projection.weight.shape
-        equations = NormalEquations(features, outputs, self.folds, projection.bias is not None, module.device)
-        for number in range(len(module.batches)) if batches is None else batches:
-            batch = module.batches[number]
-            hidden, target = module.stream(number, index), module.teacher_stream(number, end)
-            out, x = layer_run(student, index, path, batch["input_ids"], batch["attention"], hidden)
-            weight = token_weights(target, batch["mask"], self.weighting)
-            residual = target.float() - out.float()
-            if "folds" not in batch:
-                # by content: which process a window is on, or its place in a batch, must not matter
-                batch["folds"] = (batch["input_ids"].sum(1) % self.folds).tolist()
-            for window, fold in enumerate(batch["folds"]):
-                equations.add(x[window], residual[window], weight[window], fold)
-        for values in equations.sums:
-            values.copy_(module.sum(values))
-        fit = equations.solve(self._guess)
+        fit = self.equations(module, index, path, end).solve(self._guess)
         if fit is not None:
             self._guess = fit.strength
         return fit
+
+    @torch.inference_mode()
+    def equations(
+        self,
+        module: PruningModule,
+        first: int,
+        path: str,
+        end: int,
+        layer: nn.Module | None = None,
+        place: int | None = None,
+    ) -> NormalEquations:
+        """Sums, over all processes, of the regression of what a layer lacks on the input of its projection `path`.
+
+        Args:
+            first: boundary of the student's stream that the layer gets.
+            end: boundary of the teacher's stream that it must give.
+            layer: by default student layer `first`.
+            place: the layer index that it runs as; by default `first`.
+        """
+        student, place = module.student, first if place is None else place
+        projection = student.part(layer or student.layers[place], path)
+        outputs, features = projection.weight.shape
+        equations = NormalEquations(features, outputs, self.folds, projection.bias is not None, module.device)
+        for number, batch in enumerate(module.batches):
+            hidden, target = module.stream(number, first), module.teacher_stream(number, end)
+            out, x = layer_run(student, place, path, batch["input_ids"], batch["attention"], hidden, layer)
+            weight = token_weights(target, batch["mask"], self.weighting)
+            residual = target.float() - out.float()
+            folds = f"folds of {self.folds}"
+            if folds not in batch:  # asked once: `tolist()` waits for the device
+                # by content: which process a window is on, or its place in a batch, must not matter
+                batch[folds] = (batch["input_ids"].sum(1) % self.folds).tolist()
+            for window, fold in enumerate(batch[folds]):
+                equations.add(x[window], residual[window], weight[window], fold)
+        for values in equations.sums:
+            values.copy_(module.sum(values))
+        return equations

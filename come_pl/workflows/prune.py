@@ -58,6 +58,8 @@ def prune(
     refit = refit or Refit()
     name, method_class = find(method)
     chosen = method_class(**options)
+    if getattr(chosen, "select", "span") != "span" and not refit.on:
+        raise ValueError(f"select {chosen.select} compares refitted layers: give --refit down or --refit both")  # type: ignore[attr-defined]
     config = models.load_config(module.path).get_text_config(decoder=True)
     target = target_depth(config.num_hidden_layers, target_layers, sparsity)
     tokenizer = models.load_tokenizer(module.path)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from come_pl.decoder import Decoder
 from come_pl.pruning.methods.base import Decision, Method, NoSite
+from come_pl.pruning.methods.select import Selector
 from come_pl.record import Record, Step
 from come_pl.surgery import Kept, Norm, dominant
 
@@ -99,6 +100,9 @@ def keep(decoder: Decoder, layers: Sequence[int], ratio: Sequence[float], statis
     return kept
 
 
+Select = Literal["span", "local", "loss"]
+
+
 class CoMe(Method):
     """CoMe with the posterior-free merge ratio.
 
@@ -112,6 +116,8 @@ class CoMe(Method):
         skip_method: How the site is chosen: bi (span distance), sleb (least loss with the layers removed), mka (always
             the last layers).
         span_tokens: Tokens that the span distance is taken over: last (of each window) or all.
+        select: How site and ratio are chosen: span (by the formulas above), or by what they cost once refitted: local
+            (error of the new layer), loss (calibration loss of the best few by that). Pairs only; needs --refit.
     """
 
     needs = frozenset({"channel_intensity", "block_influence", "span_distance"})
@@ -125,7 +131,10 @@ class CoMe(Method):
         wo_repeat: bool | None = None,
         skip_method: Literal["bi", "sleb", "mka"] = "bi",
         span_tokens: Literal["last", "all"] = "all",
+        select: Select = "span",
     ):
+        if select != "span" and merge_item != 2:
+            raise ValueError(f"merge_item {merge_item}: select {select} chooses among pairs; give merge_item 2")
         if merge_item < 2:
             raise ValueError(f"merge_item {merge_item}: at least 2 layers are merged in a step")
         if not 0 <= rho <= 1:
@@ -134,7 +143,8 @@ class CoMe(Method):
             raise ValueError(f"p {p}: the exponent on block influence is not negative")
         self.p, self.rho, self.norm, self.merge_item, self.wo_repeat = p, rho, norm, merge_item, wo_repeat
         self.skip_method, self.span_tokens = skip_method, span_tokens
-        self.span = merge_item
+        self.span, self.select = merge_item, select
+        self.selector = Selector(loss=select == "loss", norm=norm)
 
     def __call__(
         self, module: PruningModule, statistics: dict[str, Tensor], record: Record, *, remove: int
@@ -148,8 +158,13 @@ class CoMe(Method):
                 f"no {count} adjacent layers are left that were not merged before, at {record.layers} layers; allow "
                 "merging again (--method.wo_repeat false) or give a larger --target_layers"
             )
-        layers = list(range(first, first + count))
         influence = statistics["block_influence"].tolist()
+        if self.select != "span":
+            best, errors = self.selector.choose(module, record, scores, lambda a, b: keep(student, a, b, statistics))
+            step = Step("merge", best.layers, best.ratio, best.kept, self.norm)
+            step.scores = {"block_influence": influence, self.score_name: scores, "refitted_error": errors}  # type: ignore[dict-item]
+            return Decision(step)
+        layers = list(range(first, first + count))
         originals = sum(len(record.groups[i]) for i in layers)
         ratio = merge_ratio([influence[i] for i in layers], originals, self.p, self.rho)
         step = Step("merge", layers, ratio, keep(student, layers, ratio, statistics), self.norm)
