@@ -126,3 +126,22 @@ def test_only_sites_near_in_span_distance_are_tried_and_merged_layers_may_be_for
 def test_select_chooses_among_pairs_only() -> None:
     with pytest.raises(ValueError, match="merge_item 3"):
         CoMe(select="local", merge_item=3)
+
+
+@pytest.mark.parametrize("select", ["local", "loss"])
+def test_errors_kept_from_the_step_before_are_those_found_anew(select: Any) -> None:
+    model, steps = tiny_model(layers=7), []
+    for fresh in (False, True):
+        method = CoMe(select=select, wo_repeat=False)
+        module = measured(model, method)
+        for _ in range(3):
+            if fresh:
+                method = CoMe(select=select, wo_repeat=False)
+            decision = method(module, module.statistics.compute(), module.record, remove=3)
+            module.do(decision.step)
+            module.record.append(decision.step)
+            for index in range(4):
+                part = slice(4 * index, 4 * index + 4)
+                module.training_step({"input_ids": IDS[part], "mask": MASK[part]}, index)
+        steps.append([(s.layers, s.ratio, s.scores["refitted_error"]) for s in module.record.steps])
+    assert steps[0] == steps[1]

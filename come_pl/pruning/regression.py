@@ -54,6 +54,7 @@ class NormalEquations:
         self.a = torch.zeros(folds, width, width, device=device)
         self.b = torch.zeros(folds, outputs, width, device=device)
         self.c = torch.zeros(folds, dtype=torch.float64, device=device)
+        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, x: Tensor, r: Tensor, weight: Tensor, fold: int) -> None:
         """x (tokens, features), r (tokens, outputs), weight (tokens,), 0 for a token that does not count."""
@@ -66,11 +67,12 @@ class NormalEquations:
         self.a[fold].addmm_(x.T, x)
         self.b[fold].addmm_(r.T, x)
         self.c[fold] += r.square().sum(dtype=torch.float64)
+        self.tokens += (root > 0).sum()
 
     @property
-    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
+    def sums(self) -> tuple[Tensor, ...]:
         """What processes have to add up."""
-        return self.a, self.b, self.c
+        return self.a, self.b, self.c, self.tokens
 
     def _change(self, a: Tensor, b: Tensor, strength: float) -> Tensor | None:
         """Δ (outputs, width) in fp64; None where the equations cannot be solved."""

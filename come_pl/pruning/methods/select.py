@@ -8,8 +8,9 @@ ridge fit to one half of the calibration windows, the error that on the other ha
 runs over a small grid; 0 and 1 keep one layer whole, so a drop is among the candidates.
 
 Candidates are the `sites` with the least span distance times the grid. The cost of a step beyond CoMe's own, in passes
-over the calibration windows of a model with L layers: sites · ratios / L of a layer each for `local` (0.9 for 30 layers
-and the defaults), and half a pass for each of the `finalists` more for `loss`.
+over the calibration windows of a model with L layers: at most sites · ratios / L for `local` (0.8 for 30 layers and the
+defaults, plus the sums of the fits; sites below the last step keep their errors), and about half a pass more for each
+of the `finalists` for `loss`.
 
 Not from a paper.
 """
@@ -25,6 +26,7 @@ import torch
 from torch import nn
 
 from come_pl.pruning.refit import Refit
+from come_pl.pruning.regression import Fit
 from come_pl.record import Record
 from come_pl.surgery import Kept, Norm, concatenate, dominant
 
@@ -44,8 +46,12 @@ class Candidate:
     ratio: list[float]
     kept: list[Kept]
     error: float
-    layer: nn.Module | None = None
-    loss: float = math.inf
+    fit: Fit | None
+
+    @property
+    def place(self) -> int:
+        """The layer whose config entries (sliding window, rotary table) the new layer will have."""
+        return self.layers[dominant(self.ratio)]
 
 
 class Selector:
@@ -61,13 +67,10 @@ class Selector:
     def __init__(self, loss: bool, norm: Norm, sites: int = 8, finalists: int = 4):
         self.loss, self.norm, self.sites, self.finalists = loss, norm, sites, finalists
         self.refit = Refit("down", folds=2)
+        self._known: dict[int, list[Candidate]] = {}  # by site
 
     def choose(
-        self,
-        module: PruningModule,
-        record: Record,
-        spans: Sequence[float],
-        keep: Keep,
+        self, module: PruningModule, record: Record, spans: Sequence[float], keep: Keep
     ) -> tuple[Candidate, list[float]]:
         """(the best candidate, the least local error at each site, infinity where none was tried).
 
@@ -75,39 +78,50 @@ class Selector:
             spans: span distance of each site, infinity where a merge is forbidden.
             keep: (layers, ratio) → what each layer keeps.
         """
-        order = sorted((s, i) for i, s in enumerate(spans) if s < math.inf)[: self.sites]
-        found, errors = [], [math.inf] * len(spans)
-        for _, first in order:
-            for share in GRID:
-                candidate = self._candidate(module, record, [first, first + 1], [share, 1 - share], keep)
-                errors[first] = min(errors[first], candidate.error)
-                found.append(candidate)
+        # below the last step neither the layers nor what they are given has changed
+        lowest = record.steps[-1].layers[0] if record.steps else 0
+        self._known = {site: known for site, known in self._known.items() if site + 1 < lowest}
+        errors, found = [math.inf] * len(spans), []
+        for _, site in sorted((s, i) for i, s in enumerate(spans) if s < math.inf)[: self.sites]:
+            if site not in self._known:
+                pair = [site, site + 1]
+                self._known[site] = [self._candidate(module, record, pair, [r, 1 - r], keep) for r in GRID]
+            found += self._known[site]
+            errors[site] = min(c.error for c in self._known[site])
         found.sort(key=lambda c: c.error)
         if not self.loss:
             return found[0], errors
+        best, bound = found[0], math.inf
         for candidate in found[: self.finalists]:
-            place = candidate.layers[dominant(candidate.ratio)]
-            skip = [i for i in candidate.layers if i != place]
-            bound = min(c.loss for c in found)
-            assert candidate.layer is not None
-            candidate.loss = module.loss(candidate.layers[0], swap={place: candidate.layer}, skip=skip, bound=bound)
-        return min(found[: self.finalists], key=lambda c: c.loss), errors
+            skip = [i for i in candidate.layers if i != candidate.place]
+            new = self._layer(module, candidate)
+            loss = module.loss(candidate.layers[0], swap={candidate.place: new}, skip=skip, bound=bound)
+            if loss < bound:
+                best, bound = candidate, loss
+        return best, errors
 
     @torch.inference_mode()
     def _candidate(
         self, module: PruningModule, record: Record, layers: list[int], ratio: list[float], keep: Keep
     ) -> Candidate:
-        student = module.student
-        kept = keep(layers, ratio)
-        new = concatenate(student, [student.layers[i] for i in layers], kept, ratio, self.norm)
-        path, end = student.family.mlp_output, record.groups[layers[-1]][-1] + 1
-        equations = self.refit.equations(module, layers[0], path, end, new, layers[dominant(ratio)])
+        candidate = Candidate(layers, ratio, keep(layers, ratio), math.inf, None)
+        new = self._layer(module, candidate)
+        end = record.groups[layers[-1]][-1] + 1
+        path = module.student.family.mlp_output
+        equations = self.refit.equations(module, layers[0], path, end, new, candidate.place)
         fit = equations.solve(STRENGTHS[0], STRENGTHS)
-        tokens = max(float(module.sum(torch.tensor(float(sum(int(b["mask"].sum()) for b in module.batches))))), 1.0)
-        unseen = float(equations.c.sum()) * (1.0 if fit is None else fit.error) / tokens
-        if fit is not None and self.loss:
-            projection = student.part(new, path)
-            projection.weight.copy_(projection.weight.float() + fit.change)
-            if fit.bias is not None:
-                projection.bias.copy_(projection.bias.float() + fit.bias)
-        return Candidate(layers, ratio, kept, unseen, new if self.loss else None)
+        candidate.error = float(equations.c.sum() / equations.tokens) * (1.0 if fit is None else fit.error)
+        candidate.fit = fit if self.loss else None
+        return candidate
+
+    @torch.inference_mode()
+    def _layer(self, module: PruningModule, candidate: Candidate) -> nn.Module:
+        student = module.student
+        layers = [student.layers[i] for i in candidate.layers]
+        new = concatenate(student, layers, candidate.kept, candidate.ratio, self.norm)
+        if candidate.fit is not None:
+            projection = student.part(new, student.family.mlp_output)
+            projection.weight.copy_(projection.weight.float() + candidate.fit.change)
+            if candidate.fit.bias is not None:
+                projection.bias.copy_(projection.bias.float() + candidate.fit.bias)
+        return new
