@@ -15,7 +15,7 @@ import importlib.util
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,8 +206,10 @@ def parameter_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def save_model(model: Any, folder: Path, tokenizer: Any = None, card: str | None = None) -> None:
-    """Save a stock checkpoint (safetensors, config, generation config, tokenizer, README.md).
+def save_model(
+    model: Any, folder: Path, tokenizer: Any = None, card: str | None = None, also: Sequence[Path] = ()
+) -> None:
+    """Save a stock checkpoint (safetensors, config, generation config, tokenizer, README.md), and copies of `also`.
 
     Everything is written to a hidden folder beside `folder`, synced, and renamed: `folder` is whole or not there.
 
@@ -223,6 +225,8 @@ def save_model(model: Any, folder: Path, tokenizer: Any = None, card: str | None
             tokenizer.save_pretrained(partial)
         if card is not None:
             (partial / "README.md").write_text(card, encoding="utf-8")
+        for file in also:
+            shutil.copyfile(file, partial / file.name)
         for file in partial.rglob("*"):
             if file.is_file():
                 with open(file, "rb") as opened:

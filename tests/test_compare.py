@@ -184,7 +184,14 @@ def test_plot_of_many_methods(tmp_path: Path) -> None:
     settings = {"model": "models/tiny", "layers": 30, "calibration": "c.txt", "tokens": 256, "seqlen": 16, "seed": 0}
     rows = [row(f"method{i:02}", d, 1 + (i + 1) * (30 - d) / 10) for d in (27, 21) for i in range(16)]
     rows += [row("method00", 21, 3.0, "b.txt"), row("method01", 21, 2.0, "b.txt") | {"times_dense": None}]
-    one, two = plots(rows, settings, tmp_path)
+    rows = [each | {"seconds": 100.0 - 6 * int(each["method"][-2:])} for each in rows]
+    one, fast, two, _ = plots(rows, settings, tmp_path)
+    with Image.open(fast) as image:
+        # of those that cost at most twice as much as the best: method02, 3.70×, 88 s
+        assert (
+            "method00 loses least, 1.90× the dense perplexity in 100 s; method02 takes 88 s, with 3.70×"
+            in (image.info["Title"])
+        )
     with Image.open(one) as image:
         assert "method00 loses least at every depth: 1.90× the dense perplexity at 21 of 30" in image.info["Title"]
         assert all(f"method{i:02}: 27 layers" in image.info["Description"] for i in range(16))

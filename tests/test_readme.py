@@ -12,8 +12,10 @@ from cli import ROOT
 
 from come_pl.cli.compare import compare_main
 from come_pl.cli.evaluate import evaluate_main
+from come_pl.cli.export import export_main
 from come_pl.cli.latency import latency_main
 from come_pl.cli.prune import prune_main
+from come_pl.cli.report import report_main
 from come_pl.cli.train import train_main
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,7 +26,13 @@ COMMANDS = [
 ]
 
 
-MAINS = {"come-compare": compare_main, "come-eval": evaluate_main, "come-latency": latency_main}
+MAINS = {
+    "come-compare": compare_main,
+    "come-eval": evaluate_main,
+    "come-export": export_main,
+    "come-latency": latency_main,
+    "come-report": report_main,
+}
 
 
 def commands(start: str) -> list[str]:

@@ -65,6 +65,9 @@ def add_run_arguments(parser: Any) -> None:
         help="Insist on going on with a run that was cut off (the same command does so by itself).",
     )
     parser.add_argument("--overwrite", type=bool, default=False, help="Replace the run in the output folder.")
+    parser.add_argument(
+        "--samples", type=bool, default=True, help="Let the models continue a few words at the end, for the report."
+    )
 
 
 def call(function: Callable[..., Any], argv: Sequence[str], *, prog: str, usage: str, description: str, **given: Any):

@@ -154,6 +154,7 @@ def _prune() -> None:
         seed=config.seed,
         continue_saving=config.continue_saving,
         overwrite=config.overwrite,
+        samples=config.samples,
         resume=config.resume,
     )
 

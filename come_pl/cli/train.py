@@ -137,6 +137,7 @@ def _train() -> None:
         overwrite=config.overwrite,
         save_every=config.save_every,
         patience=config.patience,
+        samples=config.samples,
     )
 
 

@@ -1,4 +1,4 @@
-"""Loss curves on disk while training runs, and their picture."""
+"""Loss curves on disk while training runs."""
 
 from __future__ import annotations
 
@@ -96,35 +96,3 @@ def read_rows_loose(file: Path) -> list[dict[str, str]]:
 
 def _tidy(value: float) -> str:
     return str(int(value)) if float(value).is_integer() else f"{value:.7g}"
-
-
-def plot(folder: Path) -> None:
-    """`distill.png`: each layer's loss, and the validation loss, over the tokens read."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = read_rows(folder / CURVES)
-    if not rows:
-        return
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.add_subplot()
-    tokens = [row["tokens"] for row in rows]
-    names = [n for n in rows[0] if n not in COLUMNS] or ["loss"]
-    for index, name in enumerate(names):
-        shade = 0.1 + 0.8 * index / max(1, len(names) - 1)
-        axes.plot(tokens, [row[name] for row in rows], label=name, color=_colour(shade), linewidth=1.3)
-    validation = read_rows(folder / VALIDATION)
-    by_step = {row["step"]: row["tokens"] for row in rows}
-    seen = [(by_step[r["step"]], r["val_loss"]) for r in validation if r["step"] in by_step]
-    if seen:
-        axes.plot(*zip(*seen), "k.--", label="validation, sum")
-    axes.set(xlabel="tokens", ylabel="loss", yscale="log", title=f"Distillation, {folder.name}")
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    FigureCanvasAgg(figure).print_png(str(folder / "distill.png"))
-
-
-def _colour(share: float) -> Any:
-    from matplotlib import colormaps
-
-    return colormaps["viridis"](share)

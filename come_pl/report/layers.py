@@ -18,7 +18,7 @@ from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path as Curve
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from come_pl.report.style import GREY, INK, OKABE_ITO, PALE, SOFT, TITLE, plural, save_picture, wrap
+from come_pl.report.style import GREY, INK, OKABE_ITO, PALE, SOFT, TITLE, model_name, plural, save_picture, wrap
 
 Step = dict[str, Any]
 State = list[dict[int, float]]  # per layer: dense layer it stands for -> share of its channels (0: dropped)
@@ -133,7 +133,7 @@ def merge_map(run_dir: Path, path: Path | None = None) -> Path:
     axes.text(0.45, 0.45 + 0.25 * len(head), "\n".join(notes), size=8.5, color=SOFT, va="top", linespacing=1.4)
     left, wide, right, bar = 0.45, 0.62, 4.0, 4.7
     heading: dict[str, Any] = {"size": 9.5, "weight": "bold", "color": INK, "va": "bottom"}
-    model = Path(str((run.get("model") or {}).get("path") or "")).name[:60]
+    model = model_name(str((run.get("model") or {}).get("path") or ""))[:60]
     axes.text(left, height - 0.1, model, size=8, color=SOFT, va="bottom")
     axes.text(left, top - 0.09, f"Dense model, {plural(dense, 'layer')}", **heading)
     axes.text(right, top - 0.09, f"New model, {plural(len(final), 'layer')}", **heading)
@@ -219,7 +219,7 @@ def _heat(axes: Axes, legend: Axes, key: str, grid: np.ndarray, steps: Sequence[
     norm = LogNorm(low, high) if log else Normalize(low, high if high > low else low + 1e-9)
     axes.set(facecolor=PALE, xlabel="dense layer", ylabel="pruning step")
     edges = np.arange(grid.shape[1] + 1) - 0.5, np.arange(grid.shape[0] + 1) + 0.5
-    mesh = axes.pcolormesh(*edges, np.ma.masked_invalid(grid), cmap="viridis", norm=norm)
+    mesh = axes.pcolormesh(*edges, np.ma.masked_invalid(grid), cmap="YlGnBu", norm=norm)
     axes.invert_yaxis()
     for row, (step, state) in enumerate(zip(steps, states, strict=False)):
         picked = [t for index in (step["layers"][:1] if site else step["layers"]) for t in state[index]]

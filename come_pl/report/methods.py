@@ -37,11 +37,16 @@ def ground(rows: Sequence[Row], settings: Mapping[str, Any], text: str) -> str:
     return words + "."
 
 
-def plots(rows: Sequence[Row], settings: Mapping[str, Any], folder: Path) -> list[Path]:
-    """`comparison.png` for the first evaluation text, `comparison-2.png` for the second, …; none without a result."""
+def plots(rows: Sequence[Row], settings: Mapping[str, Any], folder: Path, before: str = "") -> list[Path]:
+    """`comparison.png` and `seconds.png` for the first evaluation text, `comparison-2.png` … for the second; none
+    without a result. `before`: what the names begin with."""
     found = [(text, chosen) for text, chosen in by_text(rows) if any(row["status"] == "finished" for row in chosen)]
-    names = ["comparison.png" if n == 1 else f"comparison-{n}.png" for n in range(1, len(found) + 1)]
-    return [plot(chosen, settings, text, folder / name) for (text, chosen), name in zip(found, names, strict=True)]
+    drawn = []
+    for count, (text, chosen) in enumerate(found, 1):
+        end = ".png" if count == 1 else f"-{count}.png"
+        drawn.append(plot(chosen, settings, text, folder / f"{before}comparison{end}"))
+        drawn.append(by_seconds(chosen, settings, text, folder / f"{before}seconds{end}"))
+    return drawn
 
 
 def _finding(curves: Mapping[str, Mapping[int, float]], layers: int) -> str:
@@ -79,20 +84,62 @@ def _apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     return [min(max(value, low), room) + index * gap for index, value in enumerate(level)]
 
 
-def plot(rows: Sequence[Row], settings: Mapping[str, Any], text: str, path: Path) -> Path:
-    """Draw × dense perplexity against depth, a line a method, named at its end; the picture's path."""
-    layers = settings["layers"]
+def _curves(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
+    """× dense perplexity by method and depth."""
     curves: dict[str, dict[int, float]] = {}
     for row in rows:
         if row["status"] == "finished":
             curves.setdefault(row["method"], {})[row["layers"]] = row["times_dense"] or math.inf
+    return curves
+
+
+def _ranking(curves: Mapping[str, Mapping[int, float]]) -> list[str]:
+    """Methods from the best to the worst; the same order, so the same colours, in every picture."""
+    return sorted(curves, key=lambda label: (curves[label][min(curves[label])], label))
+
+
+def _style(index: int) -> dict[str, Any]:
+    return {"color": COLOURS[index % 8], "marker": MARKERS[(index + index // 8) % 8]}
+
+
+def plot(rows: Sequence[Row], settings: Mapping[str, Any], text: str, path: Path) -> Path:
+    """Draw × dense perplexity against depth, a line a method, named at its end; the picture's path."""
+    layers = settings["layers"]
+    curves = _curves(rows)
     failed = sorted({f"{row['method']} at {row['layers']}" for row in rows if row["status"] != "finished"})
     title = f"{model_name(settings['model'])}: {_finding(curves, layers)}"
     caption = f"Each line is a method, pruning from {layers} layers; lower is better. {ground(rows, settings, text)}"
     beyond = any(value > CEILING for curve in curves.values() for value in curve.values())
     caption += f" What is above {CEILING:,.0f}× is drawn there." * beyond
     caption += f" Failed: {', '.join(failed)}." * bool(failed)
-    width, count = 9.6, len(curves)
+    figure, axes, tall = _frame(title, caption, list(curves))
+    _axes(axes, curves, layers)
+    ends = []
+    deepest = min(depth for curve in curves.values() for depth in curve)
+    order = _ranking(curves)
+    for index, label in enumerate(order):
+        curve = {layers: 1.0} | curves[label]
+        depths = sorted(curve, reverse=True)
+        values = [min(curve[depth], CEILING) for depth in depths]
+        style = _style(index)
+        line = "-" if index % 16 < 8 else (0, (4, 1.5))
+        axes.plot(depths, values, linestyle=line, linewidth=1.6, markersize=5.5, markevery=slice(1, None), **style)
+        value, shown = curve[depths[-1]], _short(label)
+        said = f"{shown}  {number(value)}×" if math.isfinite(value) else f"{shown}  not a number"
+        said += f" at {depths[-1]}" * (depths[-1] > deepest)
+        ends.append(((depths[-1], values[-1]), said, style))
+    _name_ends(axes, ends, tall)
+    parts = []
+    for label in order:
+        measured = sorted(curves[label].items(), reverse=True)
+        parts.append(f"{label}: " + ", ".join(f"{depth} layers {number(value)}×" for depth, value in measured))
+    words = f"{title}. {caption} Perplexity relative to the dense model, by method: {'; '.join(parts) or 'none'}."
+    return save_picture(figure, path, title, words)
+
+
+def _frame(title: str, caption: str, labels: Sequence[str]) -> tuple[Figure, Axes, float]:
+    """A figure with title and caption, its axes with room for names on their right, and their height in inches."""
+    width, count = 9.6, len(labels)
     head, notes = wrap(title, width * 8.1), wrap(caption, width * 13.6)
     above, tall = 0.65 + 0.25 * len(head) + 0.18 * len(notes), max(3.4, 0.225 * count + 0.4)
     height = above + tall + 0.65
@@ -100,39 +147,29 @@ def plot(rows: Sequence[Row], settings: Mapping[str, Any], text: str, path: Path
     figure.text(0.45 / width, 1 - 0.3 / height, "\n".join(head), **TITLE)
     below = 1 - (0.42 + 0.25 * len(head)) / height
     figure.text(0.45 / width, below, "\n".join(notes), size=8.5, color=SOFT, va="top", linespacing=1.4)
-    longest = max((len(label) for label in curves), default=0)
-    side = min(4.2, 1.35 + 0.075 * longest)
-    axes = figure.add_axes((1.0 / width, 0.65 / height, (width - 1.0 - side) / width, tall / height))
-    _axes(axes, curves, layers)
-    ends = []
-    deepest = min(depth for curve in curves.values() for depth in curve)
-    order = sorted(curves, key=lambda label: (curves[label][min(curves[label])], label))
-    for index, label in enumerate(order):
-        curve = {layers: 1.0} | curves[label]
-        depths = sorted(curve, reverse=True)
-        values = [min(curve[depth], CEILING) for depth in depths]
-        style: dict[str, Any] = {"color": COLOURS[index % 8], "marker": MARKERS[(index + index // 8) % 8]}
-        line = "-" if index % 16 < 8 else (0, (4, 1.5))
-        axes.plot(depths, values, linestyle=line, linewidth=1.6, markersize=5.5, markevery=slice(1, None), **style)
-        ends.append((axes.transAxes.inverted().transform(axes.transData.transform((depths[-1], values[-1]))), label))
-    ends.sort(key=lambda end: end[0][1])
-    spots = _apart([float(end[0][1]) for end in ends], 0.205 / tall, 0.01, 0.99)
-    for ((x, y), label), spot in zip(ends, spots, strict=True):
-        index = order.index(label)
-        colour, value = COLOURS[index % 8], curves[label][min(curves[label])]
-        axes.plot([x, 1.02, 1.045], [y, spot, spot], color=colour, lw=0.7, transform=axes.transAxes, clip_on=False)
-        marker = MARKERS[(index + index // 8) % 8]
-        axes.plot(1.06, spot, marker=marker, color=colour, ms=5.5, transform=axes.transAxes, clip_on=False)
-        shown = label if len(label) <= 38 else label[:37] + "…"
-        said = f"{shown}  {number(value)}×" if math.isfinite(value) else f"{shown}  not a number"
-        said += f" at {min(curves[label])}" * (min(curves[label]) > deepest)
+    side = min(4.2, 1.35 + 0.075 * max((len(label) for label in labels), default=0))
+    return figure, figure.add_axes((1.0 / width, 0.65 / height, (width - 1.0 - side) / width, tall / height)), tall
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= 38 else label[:37] + "…"
+
+
+End = tuple[tuple[float, float], str, dict[str, Any]]  # (x, y), name, colour and marker
+
+
+def _name_ends(axes: Axes, ends: Sequence[End], tall: float, lines: bool = True) -> None:
+    """Names points at the right of axes that are `tall` inches high, with `lines` that lead to them."""
+    inside = axes.transAxes.inverted()
+    placed = [(inside.transform(axes.transData.transform(point)), said, style) for point, said, style in ends]
+    placed.sort(key=lambda end: end[0][1])
+    spots = _apart([float(end[0][1]) for end in placed], 0.205 / tall, 0.01, 0.99)
+    for ((x, y), said, style), spot in zip(placed, spots, strict=True):
+        across: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False}
+        if lines:
+            axes.plot([x, 1.02, 1.045], [y, spot, spot], color=style["color"], lw=0.7, **across)
+        axes.plot(1.06, spot, ms=5.5, **style, **across)
         axes.text(1.08, spot, said, size=9, color=INK, va="center_baseline", transform=axes.transAxes)
-    parts = []
-    for label in order:
-        measured = sorted(curves[label].items(), reverse=True)
-        parts.append(f"{label}: " + ", ".join(f"{depth} layers {number(value)}×" for depth, value in measured))
-    words = f"{title}. {caption} Perplexity relative to the dense model, by method: {'; '.join(parts) or 'none'}."
-    return save_picture(figure, path, title, words)
 
 
 def _axes(axes: Axes, curves: Mapping[str, Mapping[int, float]], layers: int) -> None:
@@ -147,6 +184,11 @@ def _axes(axes: Axes, curves: Mapping[str, Mapping[int, float]], layers: int) ->
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
     if len(depths) <= 10:
         axes.set_xticks(depths, [f"{d}\ndense" if d == layers else str(d) for d in depths])
+    _times(axes)
+
+
+def _times(axes: Axes) -> None:
+    """A logarithmic axis of perplexity, × dense."""
     low, high = axes.get_ylim()
     few = high / low < 3
     axes.yaxis.set_major_locator(
@@ -156,3 +198,56 @@ def _axes(axes: Axes, curves: Mapping[str, Mapping[int, float]], layers: int) ->
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}×"))
     axes.grid(axis="y", color=PALE)
     axes.set_axisbelow(True)
+
+
+def _fastest(points: Mapping[str, tuple[float, float]]) -> str:
+    """The title of quality against seconds: who is best, and the fastest that is not much worse."""
+    best = min(points, key=lambda label: points[label][::-1])
+    seconds, times = points[best]
+    fast = min((label for label in points if points[label][1] <= 2 * times), key=lambda label: points[label])
+    title = f"{best} loses least, {number(times)}× the dense perplexity in {_seconds(seconds)}"
+    if best == fast:
+        return title
+    return f"{title}; {fast} takes {_seconds(points[fast][0])}, with {number(points[fast][1])}×"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.0f} s" if value >= 10 else f"{value:.1f} s"
+
+
+def by_seconds(rows: Sequence[Row], settings: Mapping[str, Any], text: str, path: Path) -> Path:
+    """Draw × dense perplexity against the seconds that pruning took, a point a method, at the least depth; the
+    picture's path."""
+    done = [row for row in rows if row["status"] == "finished"]
+    depth = min(row["layers"] for row in done)
+    points = {r["method"]: (r["seconds"], r["times_dense"] or math.inf) for r in done if r["layers"] == depth}
+    title = f"{model_name(settings['model'])} at {depth} of {settings['layers']} layers: {_fastest(points)}"
+    caption = f"Each point is a method; left is faster, lower is better. {ground(rows, settings, text)}"
+    caption += f" What is above {CEILING:,.0f}× is drawn there." * any(y > CEILING for _, y in points.values())
+    order = _ranking(_curves(rows))
+    absent = [label for label in order if label not in points]
+    caption += f" Not at this depth: {', '.join(absent)}." * bool(absent)
+    figure, axes, tall = _frame(title, caption, [f"{label} 00,000 s" for label in points])
+    axes.set(xscale="log", yscale="log", xlabel="seconds to prune", ylabel="held-out perplexity, × dense")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8.5, color=SOFT, labelcolor=INK)
+    least, most = min(x for x, _ in points.values()), max(x for x, _ in points.values())
+    axes.set_xlim(max(least, 1e-3) / 1.3, max(most, 1e-3) * 1.3)
+    shown = [min(y, CEILING) for _, y in points.values()]
+    axes.set_ylim(0.97 * min(1.0, *shown, 1.0), max(1.08 * max(shown), 1.1))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if most / max(least, 1e-3) < 300 else (1,), numticks=12))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.xaxis.set_minor_locator(LogLocator(subs=()))
+    _times(axes)
+    ends = []
+    for index, label in enumerate(order):
+        if label not in points:
+            continue
+        x, y = points[label]
+        style = _style(index)
+        axes.plot(x, min(y, CEILING), markersize=8, linestyle="none", clip_on=False, **style)
+        said = f"{number(y)}×" if math.isfinite(y) else "not a number"
+        ends.append(((x, min(y, CEILING)), f"{_short(label)}  {said}, {_seconds(x)}", style))
+    _name_ends(axes, ends, tall, lines=False)
+    words = f"{title}. {caption} " + "; ".join(said for _, said, _ in ends) + "."
+    return save_picture(figure, path, title, words)

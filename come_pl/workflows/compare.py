@@ -14,10 +14,10 @@ from typing import Any
 
 from come_pl import models
 from come_pl.pruning.methods import METHODS, find
-from come_pl.report.methods import plots
 from come_pl.report.style import number
 from come_pl.runs import RUN_FILE, RunError, digest, read_run, target_depth
 from come_pl.workflows.comparison import write_tables
+from come_pl.workflows.report import finish
 from come_pl.workflows.tables import write_json
 
 ROOT = Path("runs/compare")
@@ -169,7 +169,7 @@ def compare(
         write_tables(rows, settings, output)
     _same_ground(rows)
     write_tables(rows, settings, output)
-    plots(rows, settings, output)
+    finish(output)
     print((output / "comparison.md").read_text(encoding="utf-8"))
     print(f"written to {output}")
     return rows
@@ -186,7 +186,9 @@ def _one(folder: Path, log: Path, arguments: Sequence[str], *, keep: bool, overw
     """One run of prune.py, unless it is finished; its last error line if it fails."""
     anew = overwrite or (keep and _finished(folder) and not (folder / "model").is_dir())
     if anew or not _finished(folder):
-        error = _start([*arguments, f"--output={folder}", *(["--overwrite=true"] if anew else [])], log)
+        error = _start(
+            [*arguments, f"--output={folder}", "--samples=false", *(["--overwrite=true"] if anew else [])], log
+        )
         if error is None and not _finished(folder):
             error = "stopped before its target"
         if error is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from torch import nn
 from come_pl import models
 from come_pl.data import DistillationData, TokenWindows
 from come_pl.decoder import Decoder
-from come_pl.distillation.curves import Curves, plot
+from come_pl.distillation.curves import Curves
 from come_pl.distillation.module import DistillationModule, Diverged
 from come_pl.distillation.student import Pruned, check_fit, read_pruned
 from come_pl.record import Meter
-from come_pl.runs import Run, RunError, check_space, digest
-from come_pl.workflows.card import distilled_card
+from come_pl.runs import Run, RunError, check_space, digest, read_run
+from come_pl.workflows.card import distilled_card, licence_files
+from come_pl.workflows.report import ask, finish
 from come_pl.workflows.texts import EvaluationText, evaluation_windows, measure
 
 ROOT = Path("runs/distill")
@@ -44,6 +46,7 @@ def distil(
     overwrite: bool = False,
     save_every: int = 50,
     patience: int | None = None,
+    samples: bool = True,
 ) -> Path | None:
     """Distil a student run folder and write a run folder; a run that was killed goes on from its last checkpoint.
 
@@ -54,6 +57,7 @@ def distil(
         teacher: the dense model; by default the one that the student was pruned from.
         save_every: optimizer steps between two checkpoints.
         patience: stop after this many validations without a lower loss; None: never.
+        samples: let the models continue a few words at the end, for the report.
 
     Returns:
         The run folder, or None on processes other than the first.
@@ -138,11 +142,14 @@ def distil(
         devices=trainer.world_size,
         groups=pruned.groups,
     )
-    models.save_model(final.to("cpu"), output / "model", tokenizer, distilled_card(run.info))
+    card = distilled_card(run.info, read_run(pruned.folder))
+    models.save_model(final.to("cpu"), output / "model", tokenizer, card, licence_files(path))
     if (pruned.folder / "record.jsonl").is_file():
         shutil.copyfile(pruned.folder / "record.jsonl", output / "record.jsonl")
-    plot(output)
     run.update(status="finished")
+    # what the dense and the pruned model say is the pruning run's to know: here they may be sharded or in bf16
+    loaders = {"recovered": lambda: final.to(device)}
+    finish(output, partial(ask, output, loaders, tokenizer, known=pruned.folder) if samples else None)
     shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     if output.parent.resolve() == ROOT.resolve():
         run.make_latest()

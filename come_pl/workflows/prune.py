@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from come_pl.pruning.methods import find
 from come_pl.pruning.module import PruningModule
 from come_pl.pruning.refit import Refit, check_family
 from come_pl.record import Meter, Record
-from come_pl.report import importance, merge_map
 from come_pl.runs import RUN_FILE, Run, RunError, check_space, digest, target_depth
-from come_pl.workflows.card import pruned_card
+from come_pl.workflows.card import licence_files, pruned_card
+from come_pl.workflows.report import ask, finish
 from come_pl.workflows.texts import EvaluationText, evaluation_windows, measure
 
 ROOT = Path("runs/prune")
@@ -44,6 +45,7 @@ def prune(
     continue_saving: bool = False,
     overwrite: bool = False,
     resume: bool = False,
+    samples: bool = True,
 ) -> Path | None:
     """Prune `module.path` and write a run folder; a run that was killed goes on from its last finished step.
 
@@ -132,7 +134,7 @@ def prune(
 
     def save(folder: Path, pruned: dict[str, Any] | None) -> None:
         card = pruned_card(run.info | {"perplexity": pruned or {}}, record)
-        models.save_model(module.student_model, folder, tokenizer, card)
+        models.save_model(module.student_model, folder, tokenizer, card, licence_files(module.path))
 
     def after_step(_: PruningModule) -> None:
         folder = output / f"model-{record.layers}"
@@ -173,9 +175,9 @@ def prune(
         devices=trainer.world_size,
         groups=record.groups,
     )
-    merge_map(output)
-    importance(output)
     run.update(status="finished")
+    loaders = {"dense": lambda: model.to(device), "pruned": lambda: module.student_model.to(device)}
+    finish(output, partial(ask, output, loaders, tokenizer) if samples else None)
     if output.parent.resolve() == ROOT.resolve():
         run.make_latest()
     print(summary(run.info))

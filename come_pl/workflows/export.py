@@ -1,0 +1,72 @@
+"""Other formats of a saved model, made by the tools that own them."""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+from come_pl.models import locate
+from come_pl.runs import RunError
+from come_pl.workflows.subject import read_subject
+
+CONVERTER = "convert_hf_to_gguf.py"
+
+
+def export(
+    model: str,
+    format: Literal["gguf"] = "gguf",
+    converter: Path | None = None,
+    output: Path | None = None,
+    outtype: Literal["f32", "f16", "bf16", "q8_0", "auto"] = "f16",
+) -> Path | None:
+    """Convert a saved model to GGUF with llama.cpp's converter; where there is none, print the command that does.
+
+    Args:
+        model: A run folder, or a folder with a checkpoint.
+        format: Format of the file.
+        converter: llama.cpp's convert_hf_to_gguf.py; by default that on the PATH, or the one Python can import.
+        output: File to write; RUN/model-OUTTYPE.gguf by default, or beside a plain checkpoint.
+        outtype: Number format of the weights.
+
+    Returns:
+        The file, or None if no converter was found.
+
+    Raises:
+        ValueError: one of the package's own errors, all of which are one clear line.
+    """
+    if converter is not None and not converter.is_file():
+        raise RunError(f"converter {str(converter)!r} does not exist; expected llama.cpp's {CONVERTER}")
+    subject, where = read_subject(model), locate(model)
+    folder = Path(where.path)
+    if where.gguf_file or not folder.is_dir():
+        raise RunError(f"model {model!r}: expected a run folder or a folder with a checkpoint to convert")
+    file = output or (subject.run or folder) / f"model-{outtype}.{format}"
+    found = converter or _installed()
+    command = [sys.executable, str(found or CONVERTER), str(folder), "--outfile", str(file), "--outtype", outtype]
+    if found is None:
+        command[0] = "python"
+        print(f"{CONVERTER} is not installed here; with llama.cpp's repository at hand:\n{shlex.join(command)}")
+        return None
+    print(shlex.join(command), flush=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    if done.returncode or not file.is_file():
+        lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        why = next(iter(done.stderr.strip().splitlines()[-1:] or lines[-1:]), "it wrote no file")
+        raise RunError(f"{found} failed with exit code {done.returncode}: {why}")
+    print(f"written to {file}, {file.stat().st_size / 2**20:,.1f} MiB")
+    return file
+
+
+def _installed() -> Path | None:
+    """The converter on the PATH, or as a Python module."""
+    on_path = shutil.which(CONVERTER) or shutil.which(CONVERTER.replace("_", "-"))
+    if on_path:
+        return Path(on_path)
+    spec = importlib.util.find_spec(CONVERTER.removesuffix(".py"))
+    return Path(spec.origin) if spec and spec.origin else None
