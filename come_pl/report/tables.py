@@ -168,6 +168,7 @@ def provenance(story: Story) -> list[Table]:
         data, model = info.get("data") or {}, info.get("model") or {}
         options = ", ".join(f"{k} = {v}" for k, v in (info.get("method") or {}).items() if k != "name")
         seconds = info.get("seconds")
+        refit = info.get("refit") or {}
         spent = seconds if isinstance(seconds, dict) else {"training": seconds} if seconds is not None else {}
         facts = {
             "folder": folder,
@@ -176,6 +177,7 @@ def provenance(story: Story) -> list[Table]:
             "weights, fingerprint": model.get("fingerprint"),
             "number format": model.get("dtype"),
             "method": f"{(info.get('method') or {}).get('name')}" + (f" ({options})" if options else ""),
+            "repair": ", ".join(f"{k} = {v}" for k, v in refit.items()) if refit.get("parts") != "none" else "",
             "text": data.get("source"),
             "text, fingerprint": data.get("fingerprint"),
             "tokens": f"{data['tokens']:,}" if isinstance(data.get("tokens"), int) else data.get("tokens"),
