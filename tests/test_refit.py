@@ -197,7 +197,17 @@ def test_token_weights_do_not_let_massive_activations_own_the_fit() -> None:
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "opt-350m"])
 def test_families_that_cannot_be_solved_for_say_so(family: str) -> None:
     with pytest.raises(ValueError, match="a norm stands between"):
-        check_family(Decoder(tiny_model(family)))
+        check_family(Decoder(tiny_model(family)).family)
+
+
+def test_auto_is_down_for_come_where_that_can_be_solved() -> None:
+    llama, gemma = Decoder(tiny_model()).family, Decoder(tiny_model("gemma3")).family
+    assert Refit().resolved("come", llama).parts == "down"
+    assert Refit().resolved("come", gemma).parts == "none"
+    assert Refit().resolved("shortgpt", llama).parts == "none"
+    assert Refit(sweep=1).resolved("shortgpt", llama).parts == "down"
+    with pytest.raises(ValueError, match="not possible for gemma3"):
+        Refit("down").resolved("come", gemma)
 
 
 def test_layer_run_gives_the_layers_own_output_and_input() -> None:
@@ -216,7 +226,11 @@ def test_layer_run_gives_the_layers_own_output_and_input() -> None:
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [({"sweep": 1}, "needs --refit"), ({"parts": "down", "sweep": -1}, "sweep -1"), ({"folds": 1}, "folds 1")],
+    [
+        ({"parts": "none", "sweep": 1}, "needs --refit"),
+        ({"parts": "down", "sweep": -1}, "sweep -1"),
+        ({"folds": 1}, "folds 1"),
+    ],
 )
 def test_bad_settings(options: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
@@ -242,7 +256,7 @@ def test_prune_with_refit_from_the_command_line(tmp_path: Path) -> None:
 
     one, other = (load_file(tmp_path / f / "model" / "model.safetensors") for f in "ab")
     assert all(torch.equal(v, other[k]) for k, v in one.items())
-    refused = run("prune.py", *common, "--sweep", "1", "--output", tmp_path / "c", cwd=tmp_path)
+    refused = run("prune.py", *common, "--refit", "none", "--sweep", "1", "--output", tmp_path / "c", cwd=tmp_path)
     assert refused.returncode == 2 and "needs --refit" in refused.stderr
     nothing = run("prune.py", *common, "--resume", cwd=tmp_path)
     assert nothing.returncode == 2 and "no run to go on with" in nothing.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from come_pl.cli.common import add_run_arguments, guarded, normalise, quiet, scan
 
@@ -76,6 +77,8 @@ def _prune() -> None:
     sys.argv[1:] = normalise(sys.argv[1:], ALIASES, SWITCHES, LISTS)
     asked = scan(sys.argv[1:], "method", "come")
     name, method_class = find(asked)
+    given = [word.partition("=")[2] for word in sys.argv[1:] if word.startswith("--preset=")]
+    preset = given[-1] if given else "paper" if asked in METHOD_ALIASES else "best"
     StrategyRegistry.register("pruning_ddp", PruningDDP, override=True)
 
     class PruneCLI(LightningCLI):
@@ -105,10 +108,20 @@ def _prune() -> None:
             )
             known = parser.add_class_arguments(method_class, "method", instantiate=False)
             refuse_unknown(sys.argv[1:], name, known)
-            if asked == "concat_merge":
-                # the official name has the official defaults
-                parser.set_defaults({"method.rho": 0.0, "method.wo_repeat": False, "method.span_tokens": "last"})
             parser.add_class_arguments(Refit, "refit")
+            parser.add_argument(
+                "--preset",
+                type=Literal["best", "paper"],
+                default=preset,
+                help="Where settings that are not given come from: what measured best, or the released code. The "
+                "official names (concat_merge, concat_merge_P) mean paper.",
+            )
+            if preset == "paper":
+                published = {"rho": 0.0, "wo_repeat": False, "span_tokens": "last", "select": "span"}
+                if name == "come_p":
+                    published = {"wo_repeat": False}
+                own = {f"method.{k}": v for k, v in published.items() if f"method.{k}" in known}
+                parser.set_defaults({"refit.parts": "none", **own})
             parser.add_class_arguments(EvaluationText, "evaluation")
 
         def before_instantiate_classes(self) -> None:

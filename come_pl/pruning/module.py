@@ -239,9 +239,11 @@ class PruningModule(LightningModule):
     def _monitored(self, batch_idx: int) -> bool:
         """Whether a batch is among the first `monitor` windows of all processes together."""
         before = sum(len(batch["input_ids"]) for batch in self.batches[:batch_idx])
-        return before * self._world() < self.monitor_windows
+        return before * self.world < self.monitor_windows
 
-    def _world(self) -> int:
+    @property
+    def world(self) -> int:
+        """Number of processes."""
         return self.trainer.world_size if self._trainer is not None else 1
 
     @torch.inference_mode()

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from come_pl.decoder import Decoder
+from come_pl.decoder import Family
 from come_pl.pruning.regression import Fit, NormalEquations
 from come_pl.record import Record, Step
 from come_pl.surgery import set_weights
@@ -30,7 +30,7 @@ from come_pl.taps import layer_run
 if TYPE_CHECKING:
     from come_pl.pruning.module import PruningModule
 
-Parts = Literal["none", "down", "both"]
+Parts = Literal["auto", "none", "down", "both"]
 Weighting = Literal["inverse", "uniform"]
 
 
@@ -42,12 +42,17 @@ def token_weights(target: Tensor, mask: Tensor, weighting: Weighting) -> Tensor:
     return torch.where(mask, 1 / size.clamp(min=1e-12), 0.0)
 
 
-def check_family(decoder: Decoder) -> None:
+def solvable(family: Family) -> bool:
+    """Whether layer outputs are linear in the output projections: no norm stands in between."""
+    return not family.output_norms and family.attention_norm is not None
+
+
+def check_family(family: Family) -> None:
     """Raises ValueError: a family whose layer outputs are not linear in the output projections."""
-    if decoder.family.output_norms or decoder.family.attention_norm is None:
+    if not solvable(family):
         raise ValueError(
-            f"refit is not possible for {decoder.family.name}: a norm stands between its output projections and the "
-            "stream; use --refit none"
+            f"refit is not possible for {family.name}: a norm stands between its output projections and the stream; "
+            "use --refit none"
         )
 
 
@@ -55,13 +60,14 @@ class Refit:
     """Closed-form repair after a step, and sweeps over all later layers at the end.
 
     Args:
-        parts: Output projections that are solved for: none, down (of the MLP), or both (attention's first).
+        parts: Output projections that are solved for: none, down (of the MLP), both (attention's first), or auto: down
+            for CoMe as it is by default here, none for any other method and with --preset paper.
         sweep: Passes of refits over every layer from the lowest changed one up, once the target depth is reached.
         weighting: What a token counts for: inverse (of the mean square of its target), or uniform.
         folds: Parts that calibration windows are dealt into; the strength of the ridge is chosen on unseen ones.
     """
 
-    def __init__(self, parts: Parts = "none", sweep: int = 0, weighting: Weighting = "inverse", folds: int = 4):
+    def __init__(self, parts: Parts = "auto", sweep: int = 0, weighting: Weighting = "inverse", folds: int = 4):
         if sweep < 0:
             raise ValueError(f"sweep {sweep}: the number of passes is not negative")
         if sweep and parts == "none":
@@ -71,9 +77,18 @@ class Refit:
         self.parts, self.sweep, self.weighting, self.folds = parts, sweep, weighting, folds
         self._guess = 0.1
 
+    def resolved(self, method: str, family: Family) -> Refit:
+        """What `auto` means for a method and a family; sweeps alone ask for refits."""
+        parts = self.parts
+        if parts == "auto":
+            parts = "down" if (method == "come" or self.sweep) and solvable(family) else "none"
+        if parts != "none":
+            check_family(family)
+        return Refit(parts, self.sweep, self.weighting, self.folds)
+
     @property
     def on(self) -> bool:
-        return self.parts != "none"
+        return self.parts in ("down", "both")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -93,7 +108,6 @@ class Refit:
         """
         if not self.on:
             return
-        check_family(module.student)
         index = max(step.layers[0] - (step.kind == "drop"), 0)
         errors: list[float | None] = [None] * len(module.student)
         weights = dict(step.weights or {})
@@ -142,6 +156,7 @@ class Refit:
         end: int,
         layer: nn.Module | None = None,
         place: int | None = None,
+        batches: int | None = None,
     ) -> NormalEquations:
         """Sums, over all processes, of the regression of what a layer lacks on the input of its projection `path`.
 
@@ -150,12 +165,13 @@ class Refit:
             end: boundary of the teacher's stream that it must give.
             layer: by default student layer `first`.
             place: the layer index that it runs as; by default `first`.
+            batches: only the first so many of this process.
         """
         student, place = module.student, first if place is None else place
         projection = student.part(layer or student.layers[place], path)
         outputs, features = projection.weight.shape
         equations = NormalEquations(features, outputs, self.folds, projection.bias is not None, module.device)
-        for number, batch in enumerate(module.batches):
+        for number, batch in enumerate(module.batches[:batches]):
             hidden, target = module.stream(number, first), module.teacher_stream(number, end)
             out, x = layer_run(student, place, path, batch["input_ids"], batch["attention"], hidden, layer)
             weight = token_weights(target, batch["mask"], self.weighting)

@@ -37,7 +37,8 @@ class Fit:
 
 
 class NormalEquations:
-    """Sums over tokens of one regression, in fp32, one set a fold; solved in fp64.
+    """Sums over tokens of one regression, one set a fold: of each call in fp32, of the calls in fp64, so that the result
+    does not depend on how windows are spread over batches or processes; solved in fp64.
 
     Args:
         features: width of x.
@@ -51,8 +52,8 @@ class NormalEquations:
             raise ValueError(f"folds {folds}: cross-validation needs at least 2")
         width = features + bias
         self.bias = bias
-        self.a = torch.zeros(folds, width, width, device=device)
-        self.b = torch.zeros(folds, outputs, width, device=device)
+        self.a = torch.zeros(folds, width, width, dtype=torch.float64, device=device)
+        self.b = torch.zeros(folds, outputs, width, dtype=torch.float64, device=device)
         self.c = torch.zeros(folds, dtype=torch.float64, device=device)
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)
 
@@ -64,8 +65,8 @@ class NormalEquations:
         r = torch.where(root > 0, r.float() * root, 0.0)
         if self.bias:
             x = torch.cat([x, root], dim=1)
-        self.a[fold].addmm_(x.T, x)
-        self.b[fold].addmm_(r.T, x)
+        self.a[fold] += x.T @ x
+        self.b[fold] += r.T @ x
         self.c[fold] += r.square().sum(dtype=torch.float64)
         self.tokens += (root > 0).sum()
 
@@ -93,7 +94,7 @@ class NormalEquations:
         """Σ over folds of the error there of the fit to the others."""
         total = 0.0
         for fold in folds:
-            own_a, own_b = self.a[fold].double(), self.b[fold].double()
+            own_a, own_b = self.a[fold], self.b[fold]
             change = self._change(a - own_a, b - own_b, strength)
             if change is None:
                 return math.inf
@@ -110,7 +111,7 @@ class NormalEquations:
         folds = [f for f in range(len(self.c)) if float(self.c[f]) > 0]
         if len(folds) < 2 or not all(bool(s.isfinite().all()) for s in self.sums):
             return None
-        a, b, nothing = self.a.sum(0, dtype=torch.float64), self.b.sum(0, dtype=torch.float64), float(self.c.sum())
+        a, b, nothing = self.a.sum(0), self.b.sum(0), float(self.c.sum())
         errors: dict[int, float] = {}
 
         def error(index: int) -> float:
@@ -131,6 +132,15 @@ class NormalEquations:
         change = self._change(a, b, grid[here])
         if change is None:
             return None
-        split = change.shape[1] - self.bias
+        change, split = _rounded(change), change.shape[1] - self.bias
         bias = change[:, split].float() if self.bias else None
-        return Fit(change[:, :split].float(), bias, grid[here], error(here) / nothing)
+        return Fit(change[:, :split].float(), bias, grid[here], float(f"{error(here) / nothing:.6g}"))
+
+
+def _rounded(change: Tensor) -> Tensor:
+    """To a millionth of the largest entry: the order in which processes' sums were added leaves no trace."""
+    largest = float(change.abs().max())
+    if largest == 0:
+        return change
+    unit = 2.0 ** (math.floor(math.log2(largest)) - 20)
+    return (change / unit).round() * unit

@@ -21,6 +21,7 @@ from come_pl.workflows.report import finish
 from come_pl.workflows.tables import write_json
 
 ROOT = Path("runs/compare")
+OF_RUNS = {"refit": "--refit.parts", "sweep": "--refit.sweep"}  # options that are of the run, not of its method
 DEPTHS = (0.9, 0.8, 0.7)  # of the model's layers, where no depths are given
 
 
@@ -38,7 +39,8 @@ class Contender:
 
     @property
     def arguments(self) -> list[str]:
-        return [f"--method.name={self.name}", *(f"--method.{key}={value}" for key, value in self.options)]
+        own = [f"{OF_RUNS.get(key, f'--method.{key}')}={value}" for key, value in self.options]
+        return [f"--method.name={self.name}", *own]
 
 
 def read_contender(text: str) -> Contender:

@@ -15,11 +15,11 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from come_pl import models
 from come_pl.data import CalibrationData
-from come_pl.decoder import Decoder
+from come_pl.decoder import Decoder, family_of
 from come_pl.pruning.loop import ProgressivePruning, PruningBar, log_step
 from come_pl.pruning.methods import find
 from come_pl.pruning.module import PruningModule
-from come_pl.pruning.refit import Refit, check_family
+from come_pl.pruning.refit import Refit
 from come_pl.record import Meter, Record
 from come_pl.runs import RUN_FILE, Run, RunError, check_space, digest, target_depth
 from come_pl.workflows.card import licence_files, pruned_card
@@ -57,12 +57,11 @@ def prune(
     """
     main: bool = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     evaluation = evaluation or EvaluationText()
-    refit = refit or Refit()
     name, method_class = find(method)
-    chosen = method_class(**options)
-    if getattr(chosen, "select", "span") != "span" and not refit.on:
-        raise ValueError(f"select {chosen.select} compares refitted layers: give --refit down or --refit both")  # type: ignore[attr-defined]
     config = models.load_config(module.path).get_text_config(decoder=True)
+    refit = (refit or Refit("none")).resolved(name, family_of(config))
+    options = _selecting(dict(options), refit)
+    chosen = method_class(**options)
     target = target_depth(config.num_hidden_layers, target_layers, sparsity)
     tokenizer = models.load_tokenizer(module.path)
     bos = models.needs_bos(config, tokenizer)
@@ -129,8 +128,6 @@ def prune(
         run.update(perplexity=measure(model.to(device), texts, "dense"), seconds={"load": round(loading, 2)})
         run.info["seconds"]["dense_perplexity"] = round(meter.seconds, 2)
     module.attach(model, record, needs=chosen.needs, span=chosen.span)
-    if refit.on:
-        check_family(module.teacher)
 
     def save(folder: Path, pruned: dict[str, Any] | None) -> None:
         card = pruned_card(run.info | {"perplexity": pruned or {}}, record)
@@ -183,6 +180,17 @@ def prune(
     print(summary(run.info))
     print(f"written to {output}")
     return output
+
+
+def _selecting(options: dict[str, Any], refit: Refit) -> dict[str, Any]:
+    """The options with `select: auto` spelt out. Raises ValueError: a choice by refitted layers without refits."""
+    select = options.get("select", "span")
+    if select == "auto":
+        plain = not refit.on or options.get("merge_item", 2) != 2
+        options["select"] = "span" if plain else "local"
+    elif select != "span" and not refit.on:
+        raise ValueError(f"select {select} compares refitted layers: give --refit down or --refit both")
+    return options
 
 
 def default_loggers(folder: Path) -> list[Logger]:

@@ -100,7 +100,7 @@ def keep(decoder: Decoder, layers: Sequence[int], ratio: Sequence[float], statis
     return kept
 
 
-Select = Literal["span", "local", "loss"]
+Select = Literal["auto", "span", "local", "loss"]
 
 
 class CoMe(Method):
@@ -117,7 +117,8 @@ class CoMe(Method):
             the last layers).
         span_tokens: Tokens that the span distance is taken over: last (of each window) or all.
         select: How site and ratio are chosen: span (by the formulas above), or by what they cost once refitted: local
-            (error of the new layer), loss (calibration loss of the best few by that). Pairs only; needs --refit.
+            (error of the new layer), loss (calibration loss of the best few by that). Pairs only; they need --refit.
+            auto is local where layers are refitted, span elsewhere.
     """
 
     needs = frozenset({"channel_intensity", "block_influence", "span_distance"})
@@ -131,9 +132,9 @@ class CoMe(Method):
         wo_repeat: bool | None = None,
         skip_method: Literal["bi", "sleb", "mka"] = "bi",
         span_tokens: Literal["last", "all"] = "all",
-        select: Select = "span",
+        select: Select = "auto",
     ):
-        if select != "span" and merge_item != 2:
+        if select in ("local", "loss") and merge_item != 2:
             raise ValueError(f"merge_item {merge_item}: select {select} chooses among pairs; give merge_item 2")
         if merge_item < 2:
             raise ValueError(f"merge_item {merge_item}: at least 2 layers are merged in a step")
@@ -159,7 +160,7 @@ class CoMe(Method):
                 "merging again (--method.wo_repeat false) or give a larger --target_layers"
             )
         influence = statistics["block_influence"].tolist()
-        if self.select != "span":
+        if self.select in ("local", "loss"):
             best, errors = self.selector.choose(module, record, scores, lambda a, b: keep(student, a, b, statistics))
             step = Step("merge", best.layers, best.ratio, best.kept, self.norm)
             step.scores = {"block_influence": influence, self.score_name: scores, "refitted_error": errors}  # type: ignore[dict-item]

@@ -28,7 +28,7 @@ def first_batches(module: PruningModule, windows: int | None) -> list[int]:
     whole batches; of all batches without a number."""
     taken, found = 0, []
     for index, batch in enumerate(module.batches):
-        if windows is None or taken * module._world() < windows:
+        if windows is None or taken * module.world < windows:
             found.append(index)
         taken += len(batch["input_ids"])
     return found

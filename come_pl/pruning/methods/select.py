@@ -4,7 +4,7 @@
     loss    (l*, r*) = argmin  calibration loss of the student with the refitted layer, over the best few of `local`
 
 T is the teacher's stream after the group, out and x the candidate's output and the input of its `down_proj`, Δ the
-ridge fit to one half of the calibration windows, the error that on the other half (and the other way round). The ratio
+ridge fit to one half of some calibration windows, the error that on the other half (and the other way round). The ratio
 runs over a small grid; 0 and 1 keep one layer whole, so a drop is among the candidates.
 
 Candidates are the `sites` with the least span distance times the grid. The cost of a step beyond CoMe's own, in passes
@@ -62,10 +62,11 @@ class Selector:
         norm: norms of a new layer.
         sites: how many sites, by span distance.
         finalists: how many candidates the loss is measured of.
+        tokens: of the calibration windows that local errors are measured on, rounded up to whole batches.
     """
 
-    def __init__(self, loss: bool, norm: Norm, sites: int = 8, finalists: int = 4):
-        self.loss, self.norm, self.sites, self.finalists = loss, norm, sites, finalists
+    def __init__(self, loss: bool, norm: Norm, sites: int = 8, finalists: int = 4, tokens: int = 8192):
+        self.loss, self.norm, self.sites, self.finalists, self.tokens = loss, norm, sites, finalists, tokens
         self.refit = Refit("down", folds=2)
         self._known: dict[int, list[Candidate]] = {}  # by site
 
@@ -108,9 +109,11 @@ class Selector:
         new = self._layer(module, candidate)
         end = record.groups[layers[-1]][-1] + 1
         path = module.student.family.mlp_output
-        equations = self.refit.equations(module, layers[0], path, end, new, candidate.place)
+        batches = -(-self.tokens // (module.batches[0]["input_ids"].numel() * module.world))
+        equations = self.refit.equations(module, layers[0], path, end, new, candidate.place, batches)
         fit = equations.solve(STRENGTHS[0], STRENGTHS)
-        candidate.error = float(equations.c.sum() / equations.tokens) * (1.0 if fit is None else fit.error)
+        error = float(equations.c.sum() / equations.tokens) * (1.0 if fit is None else fit.error)
+        candidate.error = float(f"{error:.6g}")
         candidate.fit = fit if self.loss else None
         return candidate
 
