@@ -37,8 +37,8 @@ class Fit:
 
 
 class NormalEquations:
-    """Sums over tokens of one regression, one set a fold: of each call in fp32, of the calls in fp64, so that the result
-    does not depend on how windows are spread over batches or processes; solved in fp64.
+    """Sums over tokens of one regression, one set a fold: of each call in fp32, of the calls in fp64, so that it does
+    not matter how windows are spread over batches or processes; solved in fp64.
 
     Args:
         features: width of x.
