@@ -78,6 +78,11 @@ class Step:
         return f"weights/{self.step:03d}.safetensors" if self.weights else None
 
     @property
+    def drops(self) -> bool:
+        """Whether nothing of some layer is kept: a drop, or a merge that keeps one layer whole."""
+        return self.kind == "drop" or (self.kind == "merge" and 0.0 in (self.ratio or []))
+
+    @property
     def layers_with_weights(self) -> list[int]:
         """Student layers after the step that it gives weights of their own."""
         return sorted({int(name.partition(".")[0]) for name in self.weights or {}})

@@ -37,7 +37,9 @@ def student_with(module: PruningModule, site: int, share: float, statistics: dic
     model = copy.deepcopy(module.student_model)
     decoder, ratio = Decoder(model), [share, 1 - share]
     kept = keep(decoder, [site, site + 1], ratio, statistics)
-    new = concatenate(decoder, [decoder.layers[site], decoder.layers[site + 1]], kept, ratio, "mean")
+    new = concatenate(
+        decoder, [decoder.layers[site], decoder.layers[site + 1]], kept, ratio, "mean" if 0 < share < 1 else "dominant"
+    )
     replace_span(decoder, site, 2, new, site + dominant(ratio))
     return decoder
 
@@ -87,8 +89,13 @@ def test_local_is_the_naive_search(family: str, cache: Any) -> None:
     assert (decision.step.layers, decision.step.ratio) == ([best[0], best[0] + 1], [best[1], 1 - best[1]])
     for site, error in enumerate(decision.step.scores["refitted_error"]):
         assert error == pytest.approx(min(errors[site, share] for share in GRID), rel=1e-3)
+    if 1.0 in decision.step.ratio:
+        whole = module.student.layers[best[0] + dominant(decision.step.ratio)]
+        before = {name: p.clone() for name, p in whole.named_parameters()}
     module.do(decision.step)  # the step builds its layer itself: the candidate's refit must not be in it
     assert len(module.student) == 4
+    if 1.0 in decision.step.ratio:
+        assert all(torch.equal(p, before[n]) for n, p in module.student.layers[best[0]].named_parameters())
 
 
 def test_loss_is_the_naive_search_over_the_best_few() -> None:

@@ -34,9 +34,15 @@ SCORES = {  # key -> (panel title, colour bar label)
     "window_distance": ("Window distance: how much the hidden state turns across each window", "1 − cosine"),
     "final_similarity": ("Final similarity: how true the output stays if a window is merged", "cosine with dense"),
     "macro_influence": ("Macro influence: how much the output turns without each layer", "1 − cosine"),
+    "refitted_error": (
+        "Repaired error: what a merge at each site tried would still get wrong",
+        "squared error / token",
+    ),
     "shared_information": ("Shared information: what each layer has in common with all", "normalised information"),
 }
-BY_SITE = ("span_distance", "angular_distance", "window_distance", "final_similarity")  # at a site's first layer
+BY_SITE = (  # at a site's first layer
+    *("span_distance", "angular_distance", "window_distance", "final_similarity", "refitted_error"),
+)
 NOT_OF_LAYERS = ("ratio_loss", "ratio_losses", "training_loss", "refit_error")  # scores whose lists do not go by layer
 
 
@@ -96,7 +102,8 @@ def _finding(steps: Sequence[Step], final: State, run: dict[str, Any], dense: in
     title = f"{plural(dense, 'layer')}, none merged or dropped"
     if steps:
         drops = sum(s == 0 for layer in final for s in layer.values())
-        merges = sum(step.get("kind") != "drop" for step in steps)
+        # a merge that keeps one layer whole is a drop of the others
+        merges = sum(step.get("kind") != "drop" and all(step.get("ratio") or [1]) for step in steps)
         did = [plural(merges, "merge")] * bool(merges) + [plural(drops, "layer") + " dropped"] * bool(drops)
         where = _span([t for layer in final for t, s in layer.items() if s < 1])
         title = f"{plural(dense, 'layer')} became {len(final)}: {' and '.join(did)}, {where}"
@@ -119,7 +126,9 @@ def merge_map(run_dir: Path, path: Path | None = None) -> Path:
     dropped = sorted(t for layer in final for t, s in layer.items() if s == 0)
     merged = [index for index, layer in enumerate(real) if len(layer) > 1]
     caption = "Read from left to right; the text enters at the top. Each ribbon leads from a layer of the dense model "
-    caption += "to the layer that stands for it in the shallower one. Grey: kept unchanged. "
+    caption += "to the layer that stands for it in the shallower one. Grey: kept unchanged"
+    repaired = any(step.get("weights") for step in steps) and bool(dropped)
+    caption += " (but for a repair where a neighbour was dropped). " if repaired else ". "
     caption += "Colour: neighbours merged into one layer; its bar shows whose channels it kept. " * bool(merged)
     caption += "Hatched: dropped, none of its weights are kept." * bool(dropped)
     pitch = min(0.31, max(0.2, 11 / max(dense, 1)))

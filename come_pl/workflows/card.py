@@ -106,7 +106,7 @@ def _licence(entries: Mapping[str, Any]) -> Licence | None:
 
 def pruned_card(info: Mapping[str, Any], record: Record) -> str:
     """Markdown of a pruned model's card, from the run's `run.json` and record."""
-    merges = sum(s.kind != "drop" for s in record.steps)
+    merges = sum(not s.drops for s in record.steps)
     drops = len(record.steps) - merges
     done = " and ".join(f"{n} {what}" for n, what in ((merges, "merges"), (drops, "drops")) if n)
     story = [_pruning(info, f": {done}")]

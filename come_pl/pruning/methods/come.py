@@ -162,7 +162,7 @@ class CoMe(Method):
         influence = statistics["block_influence"].tolist()
         if self.select in ("local", "loss"):
             best, errors = self.selector.choose(module, record, scores, lambda a, b: keep(student, a, b, statistics))
-            step = Step("merge", best.layers, best.ratio, best.kept, self.norm)
+            step = Step("merge", best.layers, best.ratio, best.kept, best.norm)
             step.scores = {"block_influence": influence, self.score_name: scores, "refitted_error": errors}  # type: ignore[dict-item]
             return Decision(step)
         layers = list(range(first, first + count))

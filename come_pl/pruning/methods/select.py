@@ -5,7 +5,7 @@
 
 T is the teacher's stream after the group, out and x the candidate's output and the input of its `down_proj`, Δ the
 ridge fit to one half of some calibration windows, the error that on the other half (and the other way round). The ratio
-runs over a small grid; 0 and 1 keep one layer whole, so a drop is among the candidates.
+runs over a small grid; 0 and 1 keep one layer whole, norms included, so a drop is among the candidates.
 
 Candidates are the `sites` with the least span distance times the grid. The cost of a step beyond CoMe's own, in passes
 over the calibration windows of a model with L layers: at most sites · ratios / L for `local` (0.8 for 30 layers and the
@@ -45,6 +45,7 @@ class Candidate:
     layers: list[int]
     ratio: list[float]
     kept: list[Kept]
+    norm: Norm
     error: float
     fit: Fit | None
 
@@ -105,7 +106,8 @@ class Selector:
     def _candidate(
         self, module: PruningModule, record: Record, layers: list[int], ratio: list[float], keep: Keep
     ) -> Candidate:
-        candidate = Candidate(layers, ratio, keep(layers, ratio), math.inf, None)
+        norm = self.norm if min(ratio) > 0 else "dominant"  # what keeps one layer whole keeps its norms too: a drop
+        candidate = Candidate(layers, ratio, keep(layers, ratio), norm, math.inf, None)
         new = self._layer(module, candidate)
         end = record.groups[layers[-1]][-1] + 1
         path = module.student.family.mlp_output
@@ -121,7 +123,7 @@ class Selector:
     def _layer(self, module: PruningModule, candidate: Candidate) -> nn.Module:
         student = module.student
         layers = [student.layers[i] for i in candidate.layers]
-        new = concatenate(student, layers, candidate.kept, candidate.ratio, self.norm)
+        new = concatenate(student, layers, candidate.kept, candidate.ratio, candidate.norm)
         if candidate.fit is not None:
             projection = student.part(new, student.family.mlp_output)
             projection.weight.copy_(projection.weight.float() + candidate.fit.change)
