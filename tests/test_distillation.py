@@ -327,6 +327,12 @@ def test_every_method_learns_and_saves_a_stock_model(name: str, module: Any, stu
     output = start(student_run, tmp_path / name, module(), tokens=2048, method=name)
     info = json.loads((output / "run.json").read_text())
     assert info["status"] == "finished" and info["tokens_seen"] == 2048 and info["tokens_per_second"] > 0
+    student = pruned_pair()[1]
+    each = sum(p.numel() for p in student.model.layers[1].parameters())
+    sums = [sum(m.weight.shape) for n, m in student.model.layers.named_modules() if n.endswith("_proj")]
+    whole = sum(p.numel() for p in student.parameters())
+    counts = {"mp": 2 * each, "sp": 2 * each, "lora": 16 * sum(sums)}  # rank 16: A and B of each projection
+    assert info["trained_parameters"] == counts.get(name, whole)
     entry = info["perplexity"][str(student_run / "text.txt")]
     assert {"dense", "before", "after"} <= entry.keys()
     rows = curve(output)

@@ -122,6 +122,9 @@ def distil(
     if trainer.interrupted:
         print("stopped before the end; the same command goes on from the last checkpoint")
         return output
+    # before adapters are merged; ZeRO-3 keeps parameters in parts
+    parameters = dict(module.student_model.named_parameters())
+    trained = sum(getattr(parameters[n], "ds_numel", parameters[n].numel()) for n in module.trained if n in parameters)
     seconds, peak = curves.seconds, meter.peak_gib
     best = _best(trainer)
     if best is not None:
@@ -129,7 +132,6 @@ def distil(
     del trainer.optimizers[:]  # type: ignore[attr-defined]
     final = rebuilt(module, pruned, state, method)
     entries = measure(final.to(device), texts, "after", run.info["perplexity"])
-    trained = sum(p.numel() for n, p in module.student_model.named_parameters() if n in module.trained)
     run.update(
         perplexity=entries,
         seconds=round(seconds, 2),
