@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,34 @@ DEEPSPEED: dict[str, dict[str, Any]] = {
 }
 
 
+def extensions() -> Path:
+    """The folder that torch compiles extensions in: what TORCH_EXTENSIONS_DIR says, else one of our own per release."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    own = cache / "come_pl" / f"extensions-torch{torch.__version__}"
+    return Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(own)))
+
+
+def build_communication() -> None:
+    """Compile DeepSpeed's operation for reductions between CPU processes, one process of a machine at a time.
+
+    torch guards a build by a file that outlives a killed process and makes all later runs wait for ever. Here a lock
+    of the operating system guards it, which dies with its process; who holds it may clear away such a file.
+    """
+    import fcntl
+
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not builder.is_compatible():
+        return
+    folder = extensions()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "building", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / builder.NAME / "lock").unlink(missing_ok=True)
+        builder.load(verbose=False)
+
+
 class CPUDeepSpeedStrategy(DeepSpeedStrategy):
     """DeepSpeed as it is, but that it does not refuse processes without CUDA."""
 
@@ -28,6 +58,7 @@ class CPUDeepSpeedStrategy(DeepSpeedStrategy):
             return
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         self.parallel_devices = [torch.device("cpu", i) for i in range(len(self.parallel_devices or []))]
+        build_communication()
         DDPStrategy.setup_environment(self)  # leaves out only the check for CUDA
 
 
@@ -52,9 +83,6 @@ def named(strategy: Any) -> Any:
     """What the Trainer gets for a `--trainer.strategy`: `fsdp` is FSDP2, layers of the student sharded one by one."""
     if strategy == "fsdp":
         return ShardedStrategy(save_distributed_checkpoint=False)
-    if isinstance(strategy, str) and strategy.startswith("deepspeed"):
-        from importlib.util import find_spec
-
-        if find_spec("deepspeed") is None:
-            raise ValueError(f"--trainer.strategy {strategy} needs deepspeed: pip install 'come_pl[deepspeed]'")
+    if isinstance(strategy, str) and strategy.startswith("deepspeed") and find_spec("deepspeed") is None:
+        raise ValueError(f"--trainer.strategy {strategy} needs deepspeed: pip install 'come_pl[deepspeed]'")
     return strategy
