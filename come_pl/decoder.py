@@ -43,6 +43,11 @@ class Family:
     output_norms: tuple[str, ...] = ()  # norms between a sublayer and the stream that it is added to
 
     @property
+    def linear_outputs(self) -> bool:
+        """Whether a layer's output is linear in its output projections: no norm stands between them and the stream."""
+        return not self.output_norms and self.attention_norm is not None
+
+    @property
     def writers(self) -> tuple[str, ...]:
         """The parts whose output is added to the stream."""
         return self.output_norms or (self.attention_output, self.mlp_output)

@@ -29,6 +29,11 @@ def _stream_of(args: tuple, kwargs: dict) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
+def stream_from(output: Tensor | tuple) -> Tensor:
+    """The stream that a decoder layer returned: some releases of transformers wrap it in a tuple."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
 @contextlib.contextmanager
 def boundaries(decoder: Decoder, start: int = 0) -> Iterator[dict[int, Tensor]]:
     """Collects the stream (batch, seq, hidden) at every boundary from `start` on, in the forward run inside."""
@@ -43,7 +48,7 @@ def boundaries(decoder: Decoder, start: int = 0) -> Iterator[dict[int, Tensor]]:
         handles.append(layers[index].register_forward_pre_hook(before, with_kwargs=True))
 
     def after(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-        found[len(layers)] = output if isinstance(output, Tensor) else output[0]
+        found[len(layers)] = stream_from(output)
 
     handles.append(layers[-1].register_forward_hook(after))
     try:
@@ -73,7 +78,7 @@ def stream_at(
         found.append(_stream_of(args, kwargs))
 
     def after(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-        found.append(output if isinstance(output, Tensor) else output[0])
+        found.append(stream_from(output))
 
     handle = (
         layer.register_forward_hook(after) if boundary else layer.register_forward_pre_hook(before, with_kwargs=True)
@@ -103,7 +108,7 @@ def layer_run(
         found["x"] = args[0]
 
     def after(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-        found["out"] = output if isinstance(output, Tensor) else output[0]
+        found["out"] = stream_from(output)
 
     handles = [decoder.part(module, path).register_forward_pre_hook(before), module.register_forward_hook(after)]
     # layer 0 is given its stream by the embeddings, which are the same for every student

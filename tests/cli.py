@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -43,6 +44,21 @@ def kill_when(condition: Callable[[], bool], script: str, *arguments: object, cw
     assert process.poll() is None, "the run ended before it could be killed"
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def exit_code(main: Callable[[], None], program: str, *words: object, monkeypatch: Any) -> int:
+    """Call a console script's function as the command line does."""
+    monkeypatch.setattr(sys, "argv", [program, *map(str, words)])
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def is_one_line(error: str, expected: str) -> bool:
+    """Whether what was written to stderr is one error line that says `expected`."""
+    return expected in error and error.strip().count("\n") == 0 and error.startswith("error: ")
 
 
 def records(folder: Path) -> list[dict]:

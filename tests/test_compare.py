@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cli import exit_code
 from conftest import save_tiny, tiny_text
 from PIL import Image
 
@@ -37,13 +38,8 @@ def arguments(home: Path, *more: object) -> list[str]:
 
 def compared(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     """Runs the command; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["come-compare", *words])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    try:
-        compare_main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    return exit_code(compare_main, "come-compare", *words, monkeypatch=monkeypatch)
 
 
 def table(folder: Path) -> list[dict[str, str]]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cli import exit_code, is_one_line
 from conftest import save_tiny, tiny_ids, tiny_model, tiny_text, tiny_tokenizer
 
 from come_pl.cli.evaluate import evaluate_main
@@ -75,13 +75,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluated(monkeypatch: pytest.MonkeyPatch, home: Path, *words: object) -> int:
     monkeypatch.chdir(home)
-    monkeypatch.setattr(sys, "argv", ["come-eval", *map(str, words)])
     monkeypatch.setenv("HF_DATASETS_CACHE", str(home / "datasets"))
-    try:
-        evaluate_main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    return exit_code(evaluate_main, "come-eval", *words, monkeypatch=monkeypatch)
 
 
 SMALL = ("--texts", "text.txt", "--tokens", 256, "--seqlen", 16, "--include_path", "tasks", "--device", "cpu")
@@ -287,7 +282,7 @@ def test_bad_input_is_one_line(
         rest = rest[: rest.index("--include_path")] + rest[rest.index("--include_path") + 2 :]
     assert evaluated(monkeypatch, home, *words[:1], *rest, *words[1:], "--output", "bad/eval.json") == 2
     error = capsys.readouterr().err
-    assert expected in error and error.strip().count("\n") == 0 and error.startswith("error: ")
+    assert is_one_line(error, expected)
     assert not (home / "bad").exists()
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from cli import exit_code, is_one_line
 from conftest import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
 from come_pl import models, surgery
@@ -132,12 +132,7 @@ def test_a_saved_config_has_only_fields_of_its_class(family: str, tmp_path: Path
 
 
 def exported(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["come-export", *map(str, words)])
-    try:
-        export_main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    return exit_code(export_main, "come-export", *words, monkeypatch=monkeypatch)
 
 
 CONVERT = """
@@ -197,5 +192,4 @@ def test_export_says_what_is_wrong(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     run = pruned_run(tmp_path) if "RUN" in words else tmp_path
     assert exported(monkeypatch, *(str(run) if word == "RUN" else word for word in words)) == 2
-    error = capsys.readouterr().err.strip()
-    assert said in error and len(error.splitlines()) == 1
+    assert is_one_line(capsys.readouterr().err, said)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cli import exit_code, is_one_line
 from conftest import FAMILIES, save_tiny, tiny_model
 
 from come_pl.cli.latency import latency_main
@@ -115,12 +115,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def timed(monkeypatch: pytest.MonkeyPatch, home: Path, *words: object) -> int:
     monkeypatch.chdir(home)
-    monkeypatch.setattr(sys, "argv", ["come-latency", *map(str, words)])
-    try:
-        latency_main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    return exit_code(latency_main, "come-latency", *words, monkeypatch=monkeypatch)
 
 
 SMALL = ("--new_tokens", 2, "--repeats", 2, "--warmup", 1, "--device", "cpu")
@@ -170,5 +165,5 @@ def test_bad_input_is_one_line(
 ) -> None:
     assert timed(monkeypatch, home, *words, "--output", "bad.json") == 2
     error = capsys.readouterr().err
-    assert expected in error and error.strip().count("\n") == 0 and error.startswith("error: ")
+    assert is_one_line(error, expected)
     assert not (home / "bad.json").exists()

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from come_pl.decoder import Decoder, attention_mask
 from come_pl.distillation.rates import Rates, cosine, learning_rates
+from come_pl.taps import stream_from
 
 Trainable = Literal["merged", "layers", "all"]
 OTHERS = "others"  # the parameter group of layers that were not merged
@@ -57,7 +58,7 @@ def streams(decoder: Decoder, wanted: Collection[int]) -> Iterator[dict[int, Ten
         else:
 
             def after(module: nn.Module, args: tuple, output: Any, boundary: int = boundary) -> None:
-                found[boundary] = output if isinstance(output, Tensor) else output[0]
+                found[boundary] = stream_from(output)
 
             handles.append(decoder.layers[boundary - 1].register_forward_hook(after))
     try:

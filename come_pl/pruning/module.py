@@ -97,7 +97,7 @@ class PruningModule(LightningModule):
                 # asked once: `all()` waits for the device
                 self.batches.append(batch | {"attention": attention_mask(batch["mask"])})
                 self._states.append(None)
-                if self._monitored(batch_idx):
+                if batch_idx in self.first_batches(self.monitor_windows):
                     self._teacher_final[batch_idx] = self.teacher.run(*_inputs(self.batches[batch_idx]))
             if not self.needs:  # a method that looks at weights only
                 return
@@ -236,10 +236,16 @@ class PruningModule(LightningModule):
             )
         self.valid = layer + 1
 
-    def _monitored(self, batch_idx: int) -> bool:
-        """Whether a batch is among the first `monitor` windows of all processes together."""
-        before = sum(len(batch["input_ids"]) for batch in self.batches[:batch_idx])
-        return before * self.world < self.monitor_windows
+    def first_batches(self, windows: int | None) -> list[int]:
+        """Indices of the batches seen so far with the first `windows` calibration windows of all processes together,
+        rounded up to whole batches; of all batches without a number."""
+        taken, found = 0, []
+        for index, batch in enumerate(self.batches):
+            if windows is not None and taken * self.world >= windows:
+                break
+            found.append(index)
+            taken += len(batch["input_ids"])
+        return found
 
     @property
     def world(self) -> int:

@@ -42,14 +42,9 @@ def token_weights(target: Tensor, mask: Tensor, weighting: Weighting) -> Tensor:
     return torch.where(mask, 1 / size.clamp(min=1e-12), 0.0)
 
 
-def solvable(family: Family) -> bool:
-    """Whether layer outputs are linear in the output projections: no norm stands in between."""
-    return not family.output_norms and family.attention_norm is not None
-
-
 def check_family(family: Family) -> None:
     """Raises ValueError: a family whose layer outputs are not linear in the output projections."""
-    if not solvable(family):
+    if not family.linear_outputs:
         raise ValueError(
             f"refit is not possible for {family.name}: a norm stands between its output projections and the stream; "
             "use --refit none"
@@ -81,7 +76,7 @@ class Refit:
         """What `auto` means for a method and a family; sweeps alone ask for refits."""
         parts = self.parts
         if parts == "auto":
-            parts = "down" if (method == "come" or self.sweep) and solvable(family) else "none"
+            parts = "down" if (method == "come" or self.sweep) and family.linear_outputs else "none"
         if parts != "none":
             check_family(family)
         return Refit(parts, self.sweep, self.weighting, self.folds)
@@ -133,9 +128,7 @@ class Refit:
             if fit is None:
                 continue
             projection = module.student.part(module.student.layers[index], path)
-            new = {f"{index}.{path}.weight": (projection.weight.float() + fit.change).to(projection.weight.dtype)}
-            if fit.bias is not None:
-                new[f"{index}.{path}.bias"] = (projection.bias.float() + fit.bias).to(projection.bias.dtype)
+            new = {f"{index}.{path}.{name}": value for name, value in fit.added_to(projection).items()}
             set_weights(module.student, new)
             weights.update(new)
             errors[index] = fit.error
@@ -156,7 +149,7 @@ class Refit:
         end: int,
         layer: nn.Module | None = None,
         place: int | None = None,
-        batches: int | None = None,
+        windows: int | None = None,
     ) -> NormalEquations:
         """Sums, over all processes, of the regression of what a layer lacks on the input of its projection `path`.
 
@@ -165,13 +158,14 @@ class Refit:
             end: boundary of the teacher's stream that it must give.
             layer: by default student layer `first`.
             place: the layer index that it runs as; by default `first`.
-            batches: only the first so many of this process.
+            windows: only the first so many of all processes, rounded up to whole batches.
         """
         student, place = module.student, first if place is None else place
         projection = student.part(layer or student.layers[place], path)
         outputs, features = projection.weight.shape
         equations = NormalEquations(features, outputs, self.folds, projection.bias is not None, module.device)
-        for number, batch in enumerate(module.batches[:batches]):
+        for number in module.first_batches(windows):
+            batch = module.batches[number]
             hidden, target = module.stream(number, first), module.teacher_stream(number, end)
             out, x = layer_run(student, place, path, batch["input_ids"], batch["attention"], hidden, layer)
             weight = token_weights(target, batch["mask"], self.weighting)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 GRID = tuple(10 ** (k / 2) for k in range(-7, 5))  # 0.0003 … 100
 
@@ -34,6 +34,13 @@ class Fit:
     bias: Tensor | None
     strength: float
     error: float
+
+    def added_to(self, projection: nn.Linear) -> dict[str, Tensor]:
+        """Weight, and bias where it was fitted, of a projection with the change, in their dtypes."""
+        new = {"weight": (projection.weight.float() + self.change).to(projection.weight.dtype)}
+        if self.bias is not None:
+            new["bias"] = (projection.bias.float() + self.bias).to(projection.bias.dtype)
+        return new
 
 
 class NormalEquations:

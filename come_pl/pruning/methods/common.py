@@ -1,11 +1,8 @@
-"""What methods share that has no file of its own: checked options, and the first calibration windows."""
+"""What methods share that has no file of its own: checked options."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, get_args
-
-if TYPE_CHECKING:
-    from come_pl.pruning.module import PruningModule
+from typing import Any, get_args
 
 
 def check(**settings: tuple[Any, Any]) -> None:
@@ -21,14 +18,3 @@ def check(**settings: tuple[Any, Any]) -> None:
             raise ValueError(f"{name} {value!r}: expected one of {', '.join(map(str, choices))}")
         if not choices and value is not None and not value >= allowed:
             raise ValueError(f"{name} {value}: at least {allowed}")
-
-
-def first_batches(module: PruningModule, windows: int | None) -> list[int]:
-    """Indices of the batches with the first `windows` calibration windows of all processes together, rounded up to
-    whole batches; of all batches without a number."""
-    taken, found = 0, []
-    for index, batch in enumerate(module.batches):
-        if windows is None or taken * module.world < windows:
-            found.append(index)
-        taken += len(batch["input_ids"])
-    return found

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from come_pl.pruning.methods.base import Decision, Method
-from come_pl.pruning.methods.common import check, first_batches
+from come_pl.pruning.methods.common import check
 from come_pl.pruning.methods.drops import rounded
 from come_pl.pruning.methods.fusion import folded, fusible
 from come_pl.pruning.methods.training import fit, generator, run_layers, usable
@@ -98,7 +98,7 @@ class FuseGPT(Method):
         """1 − mean cosine of the stream before the final norm with and without each layer."""
         student, depth = module.student, len(module.student)
         sums = torch.zeros(depth + 1, dtype=torch.float64, device=module.device)
-        for index in first_batches(module, self.windows):
+        for index in module.first_batches(self.windows):
             batch = module.batches[index]
             tokens, mask, final = (batch["input_ids"], batch["attention"]), batch["mask"], module.stream(index, depth)
             for layer in range(depth):

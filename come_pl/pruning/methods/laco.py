@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from come_pl.pruning.methods.base import Decision, Method, NoSite
-from come_pl.pruning.methods.common import check, first_batches
+from come_pl.pruning.methods.common import check
 from come_pl.pruning.methods.drops import rounded
 from come_pl.record import Record, Step
 from come_pl.surgery import blend
@@ -108,7 +108,7 @@ class LaCo(Method):
     @torch.inference_mode()
     def reference(self, module: PruningModule) -> dict[int, Tensor]:
         """Final states (batch, seq, hidden) of the original model, by batch."""
-        used = [(index, module.batches[index]) for index in first_batches(module, self.windows)]
+        used = [(index, module.batches[index]) for index in module.first_batches(self.windows)]
         return {i: module.teacher.run(batch["input_ids"], batch["attention"]).cpu() for i, batch in used}
 
     @torch.inference_mode()

@@ -27,7 +27,7 @@ from come_pl.pruning.methods.common import check
 from come_pl.pruning.methods.shortgpt import angular_distances
 from come_pl.pruning.methods.training import fit, generator
 from come_pl.record import Record, Step
-from come_pl.taps import projection_inputs, stream_at
+from come_pl.taps import layer_run
 
 if TYPE_CHECKING:
     from come_pl.pruning.module import PruningModule
@@ -41,11 +41,9 @@ def pairs(module: PruningModule, index: int, before: int, count: int) -> tuple[T
     `count`."""
     student, batch = module.student, module.batches[index]
     path, mask = student.family.mlp_output, batch["mask"]
-    tokens = (batch["input_ids"], batch["attention"])
-    found: dict[tuple[str, int], Tensor] = {}
-    with projection_inputs(student, before, lambda kind, layer, x: found.update({(kind, layer): x})):
-        output = stream_at(student, before + 1, *tokens, start=before, hidden=module.stream(index, before))
-    m = student.part(student.layers[before], path)(found["mlp", before]).view_as(output)[mask].float()
+    hidden = module.stream(index, before)
+    output, x = layer_run(student, before, path, batch["input_ids"], batch["attention"], hidden)
+    m = student.part(student.layers[before], path)(x)[mask].float()
     return m, module.stream(index, before + count + 1)[mask].float() - output[mask].float() + m
 
 
@@ -69,7 +67,7 @@ class ReplaceMe(Method):
         self, module: PruningModule, statistics: dict[str, Tensor], record: Record, *, remove: int
     ) -> Decision:
         student, path = module.student, module.student.family.mlp_output
-        if student.family.output_norms or student.family.attention_norm is None:
+        if not student.family.linear_outputs:
             raise ValueError(
                 f"replaceme is not possible for {student.family.name}: a norm stands between its MLP's output "
                 "projection and the stream, so that no linear map can be folded into it"

@@ -111,8 +111,8 @@ class Selector:
         new = self._layer(module, candidate)
         end = record.groups[layers[-1]][-1] + 1
         path = module.student.family.mlp_output
-        batches = -(-self.tokens // (module.batches[0]["input_ids"].numel() * module.world))
-        equations = self.refit.equations(module, layers[0], path, end, new, candidate.place, batches)
+        windows = -(-self.tokens // module.batches[0]["input_ids"].shape[1])
+        equations = self.refit.equations(module, layers[0], path, end, new, candidate.place, windows)
         fit = equations.solve(STRENGTHS[0], STRENGTHS)
         error = float(equations.c.sum() / equations.tokens) * (1.0 if fit is None else fit.error)
         candidate.error = float(f"{error:.6g}")
@@ -126,7 +126,5 @@ class Selector:
         new = concatenate(student, layers, candidate.kept, candidate.ratio, candidate.norm)
         if candidate.fit is not None:
             projection = student.part(new, student.family.mlp_output)
-            projection.weight.copy_(projection.weight.float() + candidate.fit.change)
-            if candidate.fit.bias is not None:
-                projection.bias.copy_(projection.bias.float() + candidate.fit.bias)
+            projection.load_state_dict(candidate.fit.added_to(projection), strict=False)
         return new

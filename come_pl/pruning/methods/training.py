@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from come_pl.decoder import Decoder
+from come_pl.taps import stream_from
 
 if TYPE_CHECKING:
     from come_pl.pruning.module import PruningModule
@@ -52,7 +53,7 @@ def run_layers(decoder: Decoder, layers: Mapping[int, nn.Module], batch: Mapping
     found: list[Tensor] = []
 
     def after(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-        found.append(output if isinstance(output, Tensor) else output[0])
+        found.append(stream_from(output))
 
     first, last = min(layers), max(layers)
     skip = [i for i in range(first, last) if i not in layers]
