@@ -42,6 +42,9 @@ ROWS: list[tuple[str, dict, int, int]] = [  # method, options over RELEASED, tok
     ("come", {}, 65536, 0),
     ("come", {"rho": 0.97}, 19456, 0),
     ("come", {"span_tokens": "all"}, 19456, 0),
+    ("come", {}, 19456, 1),
+    ("come", {}, 19456, 2),
+    ("come", {}, 19456, 3),
 ]
 COLUMNS = ["method", "options", "tokens", "seed", "dense", "pruned", "ratio", "seconds", "peak_gib", "sites"]
 

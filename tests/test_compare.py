@@ -65,12 +65,13 @@ def test_table_resume_and_a_method_that_fails(
     assert all("no_such" in r["error"] for r in rows[1::2])
     for row in rows[::2]:
         info = read_run(Path(row["run"]))
-        entry = info["perplexity"][str(home / "held.txt")]
-        assert len(info["groups"]) == int(row["layers"]) and info["seed"] == 3
+        assert len(info["groups"]) == 4 and info["seed"] == 3  # one run, measured on its way
+        found = info["depths"]["5"] if row["layers"] == "5" else info | {"seconds": info["seconds"]["prune"]}
+        entry = found["perplexity"][str(home / "held.txt")]
         assert float(row["perplexity"]) == entry["pruned"]
         assert float(row["times_dense"]) == pytest.approx(entry["pruned"] / entry["dense"], abs=1e-4)
         assert float(row["quality_kept"]) == pytest.approx(entry["dense"] / entry["pruned"], abs=1e-4)
-        assert float(row["seconds"]) == info["seconds"]["prune"] and float(row["peak_gib"]) == info["peak_gib"]
+        assert float(row["seconds"]) == found["seconds"] and float(row["peak_gib"]) == found["peak_gib"]
         assert row["calibration_tokens"] == "256" and info["data"]["seqlen"] == 16
         assert info["method"]["norm"] == "fold"
         assert (Path(row["run"]) / "record.jsonl").is_file() and not (Path(row["run"]) / "model").exists()
@@ -92,9 +93,22 @@ def test_table_resume_and_a_method_that_fails(
 
     started.clear()  # asked for the models, it makes them again
     assert compared(monkeypatch, *words[:-1], "--keep_models") == 0
-    assert len(started) == 2 and all("--overwrite=true" in given for given in started)
+    assert len(started) == 1 and "--overwrite=true" in started[0]
     assert all((Path(run) / "model" / "model.safetensors").is_file() for run in finished)
     assert [r["perplexity"] for r in table(output)] == [r["perplexity"] for r in rows[::2]]
+
+
+@pytest.mark.parametrize(
+    ("method", "runs"), [("sleb", 1), ("come:refit=down", 1), ("come:sweep=1", 2), ("shortgpt:angular=true", 2)]
+)
+def test_a_depth_on_the_way_is_what_a_run_to_it_gives(
+    method: str, runs: int, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    assert compared(monkeypatch, *arguments(home, "--output", both, "--depths", 4, 5, "--methods", method)) == 0
+    assert compared(monkeypatch, *arguments(home, "--output", alone, "--depths", 5, "--methods", method)) == 0
+    assert table(both)[0]["perplexity"] == table(alone)[0]["perplexity"]
+    assert len(list((both / "runs").iterdir())) == runs
 
 
 def test_a_run_that_was_killed_is_told_and_the_rest_go_on(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

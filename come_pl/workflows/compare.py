@@ -99,7 +99,8 @@ def compare(
     """Run every method at every depth, and write the table and the plots.
 
     A run that is finished is not run again, one that was cut off goes on; one that fails is reported and the others
-    run. So the same command goes on after a kill, and another one with more methods adds to the table.
+    run. So the same command goes on after a kill, and another one with more methods adds to the table. A method whose
+    steps do not depend on where it is to stop runs once, to the least depth, and is measured on its way there.
 
     Args:
         methods: Methods, each NAME or NAME:OPTION=VALUE,OPTION=VALUE (`come:rho=0.5,label=half`); all by default.
@@ -112,8 +113,8 @@ def compare(
         evaluation_tokens: Tokens of each.
         seed: Seed of everything random.
         output: Folder of the table, the plots, `runs/` (a run folder each) and `logs/` (what each run printed).
-        keep_models: Keep the pruned models. By default the model/ of a run is removed once it is measured, to save
-            disk; its run.json, record and pictures stay.
+        keep_models: Keep the pruned models, of a run through several depths the last. By default the model/ of a run is
+            removed once it is measured, to save disk; its run.json, record and pictures stay.
         overwrite: Run what is finished again.
         passed: Further arguments of prune.py, for every run.
 
@@ -157,17 +158,26 @@ def compare(
         "passed": list(passed),
         "command": " ".join(["come-compare", *sys.argv[1:]]),
     }
+    order = {contender.label: place for place, contender in enumerate(contenders)}
     rows: list[dict[str, Any]] = []
-    pairs = [(contender, depth) for depth in targets for contender in contenders]
+    pairs = [(contender, depth) for contender in contenders for depth in reversed(targets)]
+    deepest: dict[str, Path] = {}
     for index, (contender, depth) in enumerate(pairs, 1):
         print(f"[{index}/{len(pairs)}] {contender.label} → {depth} of {layers} layers", end=" … ", flush=True)
-        arguments = [*contender.arguments, f"--target_layers={depth}", *shared]
-        name = f"{contender.name}-{depth}-{digest({'arguments': sorted(arguments)})}"
-        folder = output / "runs" / name
-        failure = _one(folder, output / "logs" / f"{name}.log", arguments, keep=keep_models, overwrite=overwrite)
+        failure, folder = None, deepest.get(contender.label)
+        if folder is None or str(depth) not in read_run(folder).get("depths", {}):
+            arguments = [*contender.arguments, f"--target_layers={depth}", *shared]
+            name = f"{contender.name}-{depth}-{digest({'arguments': sorted(arguments)})}"
+            folder, log = output / "runs" / name, output / "logs" / f"{name}.log"
+            if depth == targets[-1] and len(targets) > 1:
+                arguments.append(f"--evaluation.at={targets[:-1]}")
+            failure = _one(folder, log, arguments, keep=keep_models, overwrite=overwrite)
+            if failure is None and depth == targets[-1]:
+                deepest[contender.label] = folder
         found = _rows(contender, depth, folder, texts, failure)
         print(_said(found[0]), flush=True)
         rows += found
+        rows.sort(key=lambda row: (-row["layers"], order[row["method"]]))
         write_tables(rows, settings, output)
     _same_ground(rows)
     write_tables(rows, settings, output)
@@ -233,14 +243,16 @@ def _rows(
     if error is not None:
         return [head | {"text": text, "status": "failed", "error": error} for text in texts]
     info = read_run(folder)
+    on_the_way = info.get("depths", {}).get(str(depth))
+    found = on_the_way or {**info, "seconds": info["seconds"]["prune"]}
     measures = {
         "status": "finished",
-        "seconds": info["seconds"]["prune"],
-        "peak_gib": info["peak_gib"],
+        "seconds": found["seconds"],
+        "peak_gib": found["peak_gib"],
         "calibration_tokens": info["data"]["tokens"],
         "fingerprints": [info["model"]["fingerprint"], info["data"]["fingerprint"]],
     }
-    return [head | {"text": text} | measures | quality(info["perplexity"][text]) for text in texts]
+    return [head | {"text": text} | measures | quality(found["perplexity"][text]) for text in texts]
 
 
 def quality(entry: Mapping[str, Any]) -> dict[str, Any]:

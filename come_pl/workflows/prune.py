@@ -63,6 +63,7 @@ def prune(
     options = _selecting(dict(options), refit)
     chosen = method_class(**options)
     target = target_depth(config.num_hidden_layers, target_layers, sparsity)
+    on_the_way = set(evaluation.at) if chosen.progressive and not refit.sweep else set()
     tokenizer = models.load_tokenizer(module.path)
     bos = models.needs_bos(config, tokenizer)
     windows = data.attach(tokenizer, bos=bos, seed=seed)
@@ -137,6 +138,10 @@ def prune(
         folder = output / f"model-{record.layers}"
         if continue_saving and record.layers > target and not folder.exists():
             save(folder, None)
+        depths = run.info.get("depths", {})
+        if record.layers in on_the_way and record.layers > target and str(record.layers) not in depths:
+            found = measure(module.student_model, texts, "pruned", run.info["perplexity"])
+            run.update(depths=depths | {str(record.layers): {"perplexity": found} | costs(record)})
 
     if record.layers > target:
         if not trainer.loggers:
@@ -154,9 +159,9 @@ def prune(
     if record.layers > target:
         print(f"stopped at {record.layers} layers, before the target of {target}; the same command goes on from here")
         return output
-    pruning = sum(s.seconds for s in record.steps)
+    cost = costs(record)
     measured = measure(module.student_model.to(device), texts, "pruned", run.info["perplexity"])
-    seconds = run.info.get("seconds", {}) | {"prune": round(pruning, 2)}
+    seconds = run.info.get("seconds", {}) | {"prune": cost["seconds"]}
     module.student_model.to("cpu")
     save(output / "model", measured)
     parameters = {
@@ -167,7 +172,7 @@ def prune(
     run.update(
         perplexity=measured,
         seconds=seconds,
-        peak_gib=round(max(s.peak_gib for s in record.steps), 3),
+        peak_gib=cost["peak_gib"],
         parameters=parameters,
         devices=trainer.world_size,
         groups=record.groups,
@@ -180,6 +185,14 @@ def prune(
     print(summary(run.info))
     print(f"written to {output}")
     return output
+
+
+def costs(record: Record) -> dict[str, float]:
+    """Seconds and peak GiB of the steps so far."""
+    return {
+        "seconds": round(sum(s.seconds for s in record.steps), 2),
+        "peak_gib": round(max(s.peak_gib for s in record.steps), 3),
+    }
 
 
 def _selecting(options: dict[str, Any], refit: Refit) -> dict[str, Any]:

@@ -19,11 +19,14 @@ class EvaluationText:
         data: Text sources, as for calibration; an empty list measures nothing.
         tokens: Tokens of each.
         seqlen: Tokens in a window; by default that of calibration.
+        at: Depths on the way that it is measured at too, where a run to that depth would give the same model (not by
+            methods that need to know the last depth, nor with sweeps, which come at the end).
     """
 
     data: list[str] = field(default_factory=lambda: ["embedded"])
     tokens: int = 16384
     seqlen: int | None = None
+    at: list[int] = field(default_factory=list)
 
 
 def evaluation_windows(evaluation: EvaluationText, tokenizer: Any, bos: bool, seqlen: int) -> dict[str, TokenWindows]:

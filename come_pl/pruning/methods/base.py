@@ -33,10 +33,12 @@ class Method(ABC):
         needs: what the calibration pass collects for it, of `channel_intensity`, `block_influence`, `span_distance`
             (the last two come together) and `streams` (nothing but the streams that `module.loss` and `module.stream`
             start from); empty for a method that looks at weights only.
+        progressive: whether its first steps are the same whatever depth it goes on to.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     span = 2  # layers that a span distance covers
+    progressive = False
 
     def needs_for(self, record: Record) -> frozenset[str]:
         """What the next step needs of `needs`; without any no pass is run."""

@@ -144,7 +144,7 @@ class CoMe(Method):
             raise ValueError(f"p {p}: the exponent on block influence is not negative")
         self.p, self.rho, self.norm, self.merge_item, self.wo_repeat = p, rho, norm, merge_item, wo_repeat
         self.skip_method, self.span_tokens = skip_method, span_tokens
-        self.span, self.select = merge_item, select
+        self.span, self.select, self.progressive = merge_item, select, merge_item == 2
         self.selector = Selector(loss=select == "loss", norm=norm)
 
     def __call__(

@@ -48,6 +48,7 @@ class Drop(Method):
     """
 
     span = 1
+    progressive = True
 
     def __init__(self, compensate: Compensation = "none"):
         self.compensate = compensate

@@ -61,6 +61,7 @@ class FuseGPT(Method):
     """
 
     needs = frozenset({"streams"})
+    progressive = True
 
     def __init__(
         self,

@@ -86,6 +86,8 @@ class MKA(Method):
         alpha: Exponent on the density of windows that is divided out.
     """
 
+    progressive = True
+
     def __init__(
         self,
         lambda_override: float | None = None,

@@ -52,6 +52,7 @@ class ShortGPT(OneShot):
     def __init__(self, angular: bool = False, **options: Any):
         super().__init__(**options)
         self.angular = angular
+        self.progressive = not angular
 
     def needs_for(self, record: Record) -> frozenset[str]:
         return self.always if self.angular else super().needs_for(record)
