@@ -162,6 +162,16 @@ class Record:
     def layers(self) -> int:
         return len(self.groups)
 
+    def scale_at(self, boundary: int) -> float:
+        """What the student's stream at a boundary of the teacher was multiplied by: the product over compensated drops
+        that begin there or above."""
+        factor, groups = 1.0, [[i] for i in range(self.teacher_layers)]
+        for step in self.steps:
+            if step.scale is not None and groups[step.layers[0]][0] >= boundary:
+                factor *= step.scale
+            groups = step.groups
+        return factor
+
     def append(self, step: Step) -> None:
         """Numbers the step and works out its groups."""
         step.step, step.groups = len(self.steps) + 1, groups_after(self.groups, step)

@@ -164,6 +164,22 @@ def test_a_refit_is_least_squares_towards_the_teacher(family: str, kind: str) ->
     assert set(step.weights) <= {f"1.{path}.weight", f"1.{path}.bias"}
 
 
+def test_a_scaled_stream_is_compared_with_a_scaled_teacher() -> None:
+    """A compensated drop scales the stream below it; a later refit down there must not undo that: the same share of
+    the error is left to repair as in the same student unscaled."""
+    found = []
+    for scale in (None, 1.5):
+        module, record, refit = ready("llama", Step("drop", [3], scale=scale))
+        assert [record.scale_at(b) for b in range(6)] == [scale or 1.0] * 4 + [1.0] * 2
+        module.changed_from(0)
+        later = Step("drop", [1])
+        module.do(later)
+        record.append(later)
+        equations = refit.equations(module, 0, "mlp.down_proj", 2)
+        found.append(equations.c.sum())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("parts", ["down", "both"])
 def test_a_sweep_repairs_every_layer_from_the_lowest_changed_one(parts: Any) -> None:
     module, record, refit = ready("llama", merge(), parts=parts, sweep=1)

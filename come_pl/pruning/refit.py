@@ -155,7 +155,7 @@ class Refit:
 
         Args:
             first: boundary of the student's stream that the layer gets.
-            end: boundary of the teacher's stream that it must give.
+            end: boundary of the teacher's stream that it must give (times what drops above it scaled the stream by).
             layer: by default student layer `first`.
             place: the layer index that it runs as; by default `first`.
             windows: only the first so many of all processes, rounded up to whole batches.
@@ -164,9 +164,10 @@ class Refit:
         projection = student.part(layer or student.layers[place], path)
         outputs, features = projection.weight.shape
         equations = NormalEquations(features, outputs, self.folds, projection.bias is not None, module.device)
+        scale = module.record.scale_at(end)
         for number in module.first_batches(windows):
             batch = module.batches[number]
-            hidden, target = module.stream(number, first), module.teacher_stream(number, end)
+            hidden, target = module.stream(number, first), module.teacher_stream(number, end) * scale
             out, x = layer_run(student, place, path, batch["input_ids"], batch["attention"], hidden, layer)
             weight = token_weights(target, batch["mask"], self.weighting)
             residual = target.float() - out.float()
