@@ -205,6 +205,14 @@ class CoMeSP(DistillationModule):
             raise ValueError("state_weight and logit_weight are both 0: nothing would be trained")
         return self.groups[last[-1]][-1] + 1, last[-1] + 1
 
+    def check_trainer(self, trainer: Any) -> None:
+        super().check_trainer(trainer)
+        if self.trainable == "all" and not self.logit_weight and trainer.world_size > 1:
+            raise ValueError(
+                "trainable all without logits leaves the final norm without gradient, which several devices do not "
+                "allow: give --model.logit_weight 1 or --model.trainable layers"
+            )
+
     def compared(self) -> list[int]:
         """Student layers after which the streams are compared."""
         if self.state_weight == 0:

@@ -61,7 +61,7 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 @contextlib.contextmanager
-def _gathered(weight: Tensor) -> Iterator[None]:
+def _gathered(weight: Any) -> Iterator[None]:
     """ZeRO-3 keeps parameters in parts: inside, the weight is whole.
 
     Within the engine's forward it is so already: DeepSpeed gathers a weight that is read outside its own module, takes

@@ -132,13 +132,9 @@ class DistillationModule(LightningModule):
 
         The models are the module's from here on: layers, embeddings and heads that are never run are taken out of them.
 
-        Raises:
-            NothingToTrain: no student layer stands for more than one teacher layer, and only merged ones should learn.
+        Raises: as `correspond`.
         """
-        self.groups = [list(group) for group in groups]
-        self.merged = [i for i, group in enumerate(self.groups) if len(group) > 1]
-        if not self.merged:
-            raise NothingToTrain("no layer of the student stands for more than one teacher layer: nothing was merged")
+        self.correspond(groups)
         self.teacher = Decoder(teacher.requires_grad_(False).eval())  # not an nn.Module: hidden from the module tree
         self.student_model = student.eval()  # dropout would be noise: a loss is compared with the teacher's states
         self.student = Decoder(student)
@@ -148,8 +144,20 @@ class DistillationModule(LightningModule):
         self.prepare()
         named = self.student_model.named_parameters(remove_duplicate=False)
         self.trained = frozenset(name for name, p in named if p.requires_grad)  # by name: sharding replaces parameters
-        self.rates()  # says now what is wrong with `lr`
         self.share()
+
+    def correspond(self, groups: Sequence[Sequence[int]]) -> None:
+        """Say which teacher layers each student layer stands for; needs no model.
+
+        Raises:
+            NothingToTrain: no student layer stands for more than one teacher layer.
+            BadRate: learning rates that do not fit the merged layers.
+        """
+        self.groups = [list(group) for group in groups]
+        self.merged = [i for i, group in enumerate(self.groups) if len(group) > 1]
+        if not self.merged:
+            raise NothingToTrain("no layer of the student stands for more than one teacher layer: nothing was merged")
+        self.rates()
 
     def reach(self) -> tuple[int | None, int | None]:
         """How many layers of teacher and student are run, from the first on; None: all of them and the head."""

@@ -82,6 +82,7 @@ def distil(
     module.check_trainer(trainer)
     evaluation = evaluation or EvaluationText()
     pruned = read_pruned(student)
+    module.correspond(pruned.groups)
     path = teacher or pruned.teacher
     dense_config = models.load_config(path)
     tokenizer = models.load_tokenizer(path)
