@@ -78,7 +78,9 @@ def same(a: dict[str, Any], folder: Path, tolerance: float) -> None:
         assert (a[name] - value).abs().max() <= tolerance, name
 
 
-def test_kill_and_the_same_command_again(home: Path) -> None:
+def test_kill_and_the_same_command_again(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     """A corpus that is streamed, validated four times, with an early stop in waiting."""
     more = ("--data.streaming", "true", "--patience", 3, "--trainer.val_check_interval", 0.25)
     whole, output = home / "streamed", home / "killed"
@@ -91,8 +93,9 @@ def test_kill_and_the_same_command_again(home: Path) -> None:
 
     kill_when(halfway, "train.py", *command, cwd=home)
     assert not (output / "model").exists()
-    done = run("train.py", *flags(output, "--resume"), cwd=home)
-    assert done.returncode == 2 and "streaming is True there" in done.stderr
+    monkeypatch.chdir(home)
+    assert started(monkeypatch, *flags(output, "--patience", 3, "--resume")) == 2
+    assert "streaming is True there" in capsys.readouterr().err
     same(trained(home, output, *more, "--resume"), whole, 0)
     assert curve(output) == curve(whole)
     assert (output / "validation.csv").read_text() == (whole / "validation.csv").read_text()
