@@ -279,8 +279,35 @@ def student_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(folder: Path, output: Path, module: Any, *, tokens: int = 512, trainer: Any = None, **over: Any) -> Path:
-    data = DistillationData(str(folder / "text.txt"), tokens, 16, 4, validation_tokens=64)
+ABOVE = [[0], [1, 2], [3, 4], [5]]  # a layer above the last merged one
+
+
+@pytest.fixture(scope="module")
+def above(student_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `student_run`, but that layers 2 and 4 were dropped."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("above") / "home"
+    shutil.copytree(student_run, folder)
+    student = tiny_model(layers=6)
+    for index in (4, 2):
+        drop(Decoder(student), index)
+    student.save_pretrained(folder / "run" / "model")
+    Run(folder / "run", {}).update(groups=ABOVE, model={"path": str(folder / "teacher"), "layers": 6})
+    return folder
+
+
+def start(
+    folder: Path,
+    output: Path,
+    module: Any,
+    *,
+    tokens: int = 512,
+    trainer: Any = None,
+    streaming: bool = False,
+    **over: Any,
+) -> Path:
+    data = DistillationData(str(folder / "text.txt"), tokens, 16, 4, validation_tokens=64, streaming=streaming)
     options = {"max_epochs": 1, "gradient_clip_val": 1.0} | (trainer or {})
     trainer = Trainer(
         accelerator="cpu",
@@ -300,8 +327,8 @@ def start(folder: Path, output: Path, module: Any, *, tokens: int = 512, trainer
     return result
 
 
-def curve(output: Path) -> list[dict[str, float]]:
-    with open(output / "curves.csv") as opened:
+def curve(output: Path, name: str = "curves.csv") -> list[dict[str, float]]:
+    with open(output / name) as opened:
         rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(opened)]
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
@@ -389,24 +416,140 @@ def test_one_layer_after_another_gives_what_all_at_once_gives(student_run: Path,
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_resumed_run_has_the_curve_of_an_uninterrupted_one(student_run: Path, tmp_path: Path) -> None:
-    whole = start(student_run, tmp_path / "whole", CoMeMP(lr=1e-3))
+class Killed(RuntimeError):
+    pass
 
-    class Killed(RuntimeError):
-        pass
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_resumed_run_has_the_curve_of_an_uninterrupted_one(streaming: bool, student_run: Path, tmp_path: Path) -> None:
+    """With a validation due at the very step of the checkpoint: neither left out nor twice in the curve."""
+    how: Any = {"streaming": streaming, "trainer": {"val_check_interval": 2, "max_epochs": 2}}
+    whole = start(student_run, tmp_path / "whole", CoMeMP(lr=1e-3), **how)
 
     class Dies(CoMeMP):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            if batch_idx == 5:
+            if self.global_step == 13:  # the second epoch's fifth
                 raise Killed
             return super().training_step(batch, batch_idx)
 
     with pytest.raises(Killed):
-        start(student_run, tmp_path / "cut", Dies(lr=1e-3))
-    assert len(curve(tmp_path / "cut")) == 5  # step 5 is in the curve, the checkpoint is of step 4
-    again = start(student_run, tmp_path / "cut", CoMeMP(lr=1e-3), resume=True)
+        start(student_run, tmp_path / "cut", Dies(lr=1e-3), **how)
+    assert len(curve(tmp_path / "cut")) == 13  # step 13 is in the curve, the checkpoint is of step 12
+    again = start(student_run, tmp_path / "cut", CoMeMP(lr=1e-3), resume=True, **how)
     assert curve(again) == curve(whole)
+    validations = curve(again, "validation.csv")
+    assert validations == curve(whole, "validation.csv") and [r["step"] for r in validations] == [*range(2, 17, 2)]
     assert all(torch.equal(a, b) for a, b in zip(weights(again).values(), weights(whole).values()))
+
+
+class Scripted(CoMeMP):
+    """Its validation losses are told beforehand, one for every two steps."""
+
+    script = (0.9, 0.5, 0.7, 0.8, 0.1, 0.1, 0.1, 0.1)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", torch.tensor(self.script[self.global_step // 2 - 1]), batch_size=4)
+
+
+@pytest.mark.parametrize("cut_at", [None, 5, 7, "result"])
+def test_patience_keeps_the_best_weights_across_a_kill(
+    cut_at: int | str | None, student_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lowest at step 4, then twice higher: stopped after step 8 of 16."""
+    import json
+
+    from come_pl.workflows import distil as workflow
+
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+
+    class Watched(Scripted):
+        def on_train_batch_end(self, *args: Any) -> None:
+            seen[self.global_step] = {k: v.detach().clone() for k, v in self.student_model.state_dict().items()}
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if self.global_step == cut_at and not (tmp_path / "cut").exists():
+                (tmp_path / "cut").touch()
+                raise Killed
+            return super().training_step(batch, batch_idx)
+
+    how: Any = {"tokens": 1024, "patience": 2, "trainer": {"val_check_interval": 2}}
+    if cut_at == "result":
+        with monkeypatch.context() as patch:
+            patch.setattr(workflow, "rebuilt", lambda *a: (_ for _ in ()).throw(Killed))
+            with pytest.raises(Killed):
+                start(student_run, tmp_path / "o", Watched(lr=1e-3), **how)
+    elif cut_at is not None:
+        with pytest.raises(Killed):
+            start(student_run, tmp_path / "o", Watched(lr=1e-3), **how)
+    output = start(student_run, tmp_path / "o", Watched(lr=1e-3), **how)
+    info = json.loads((output / "run.json").read_text())
+    assert info["steps"] == max(seen) == 8
+    assert info["validation"] == {
+        "stopped_early": True,
+        "kept_step": 4,
+        "lowest_loss": pytest.approx(0.5),
+        "of_step": 4,
+    }
+    kept = weights(output)
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(kept[name], seen[4][name]) and not torch.equal(kept[name], seen[8][name])
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    ("name", "module", "teacher_layers", "student_layers"),
+    [
+        ("mp", lambda: CoMeMP(lr=1e-3), 5, 2),  # of the student the merged ones, the rest is the teacher's
+        ("sp", lambda: CoMeSP(lr=1e-3, logit_weight=0.5), 6, 2),
+        ("lm", lambda: LM(lr=1e-3), 0, 4),
+        ("kd", lambda: KD(lr=1e-3), 6, 4),
+    ],
+)
+def test_memory_holds_what_is_run_once(
+    name: str,
+    module: Any,
+    teacher_layers: int,
+    student_layers: int,
+    precision: str,
+    above: Path,
+    tmp_path: Path,
+) -> None:
+    """Bytes of distinct storages in the middle of a run, against a count by hand and against the plan."""
+    from come_pl.distillation.plan import GIB, memory_plan, on_meta
+
+    watched = module()
+    held: dict[int, int] = {}
+
+    def look(*ignored: Any) -> None:
+        tensors = [*watched.teacher.model.parameters(), *watched.student_model.parameters()]
+        held.update((t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors)
+
+    watched.on_train_start = look
+    start(above, tmp_path / name, watched, tokens=64, method=name, trainer={"precision": precision})
+    teacher, student = pruned_pair()
+    layer, table = (sum(p.numel() for p in part.parameters()) for part in (teacher.model.layers[0], teacher.lm_head))
+    norm = 32
+    if precision == "32-true":
+        tables = {"mp": 1, "sp": 2, "lm": 2, "kd": 4}[name]
+        norms = 2 if name in ("lm", "kd") else 1
+        layers = teacher_layers + student_layers
+        assert sum(held.values()) == 4 * (layers * layer + tables * table + norms * norm)
+    planned = module()
+    planned.attach(on_meta(teacher.config), on_meta(student.config), ABOVE)
+    sizes = {"strategy": "auto", "devices": 1, "batch_size": 4, "seqlen": 16}
+    plan = memory_plan(planned, precision=precision, **sizes)  # type: ignore[arg-type]
+    assert (plan.teacher + plan.student) * GIB == pytest.approx(sum(held.values()))
+    if name == "mp":
+        whole = sum(p.numel() for model in (teacher, student) for p in model.parameters())
+        assert (plan.teacher + plan.student + plan.optimizer) * GIB < 4 * whole + plan.optimizer * GIB
+
+
+def test_patience_is_refused_where_it_would_end_other_layers(student_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="before all layers had their turn"):
+        start(student_run, tmp_path / "o", CoMeMP(schedule="sequential"), patience=2)
+    with pytest.raises(ValueError, match="patience 0"):
+        start(student_run, tmp_path / "o", CoMeMP(), patience=0)
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("how", ["loss", "gradient", "explosion"])

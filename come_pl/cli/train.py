@@ -84,7 +84,7 @@ def _train() -> None:
             wanted.update(
                 strategy=str(trainer.strategy), precision=str(trainer.precision), devices=str(trainer.devices)
             )
-            wanted["num_nodes"] = str(trainer.num_nodes)
+            wanted.update(num_nodes=str(trainer.num_nodes), accelerator=str(trainer.accelerator))
             if self.config.plan:  # the machine that the plan is for need not be this one
                 trainer.strategy, trainer.accelerator, trainer.devices, trainer.num_nodes = "auto", "cpu", 1, 1
 

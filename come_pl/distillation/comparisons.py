@@ -19,6 +19,9 @@ class _WholeStudent(DistillationModule):
     objective: Literal["kd", "lm"] = "kd"
     temperature = 1.0
 
+    def reach(self) -> tuple[int | None, int | None]:
+        return (0 if self.objective == "lm" else None), None
+
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         _, final = self.student_states(batch, ())
         if self.objective == "lm":

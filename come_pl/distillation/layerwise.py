@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from come_pl.decoder import attention_mask
@@ -52,6 +54,9 @@ class CoMeMP(DistillationModule):
             raise ValueError("--distill mp trains merged layers only; for more give --distill sp or hybrid")
         self.loss, self.temperature, self.inputs, self.schedule = loss, temperature, inputs, schedule
         self.phase = 0
+
+    def reach(self) -> tuple[int | None, int | None]:
+        return max(self.groups[i][-1] for i in self.merged) + 1, max(self.merged) + 1
 
     @property
     def phases(self) -> int:
@@ -129,16 +134,14 @@ class CoMeMP(DistillationModule):
     def _steps_each(self) -> int:
         return max(1, self.total_steps // len(self.merged))
 
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        self._check_schedule()
-
-    def _check_schedule(self) -> None:
-        if self.schedule == "sequential" and (self.trainer.world_size > 1 or "DeepSpeed" in self._strategy()):
-            raise ValueError("schedule sequential runs on one device, without DeepSpeed; give --model.schedule joint")
-
-    def _strategy(self) -> str:
-        return type(self.trainer.strategy).__name__
+    def check_trainer(self, trainer: Any) -> None:
+        super().check_trainer(trainer)
+        if self.schedule == "joint":
+            return
+        if trainer.world_size > 1 or isinstance(trainer.strategy, (DeepSpeedStrategy, ModelParallelStrategy)):
+            raise ValueError("schedule sequential runs on one device, without sharding; give --model.schedule joint")
+        if any(isinstance(callback, EarlyStopping) for callback in trainer.callbacks):
+            raise ValueError("patience would stop before all layers had their turn; give --model.schedule joint")
 
     def on_train_epoch_start(self) -> None:
         if self.schedule == "sequential":  # every layer reads the same windows in the same order
@@ -169,7 +172,7 @@ class CoMeSP(DistillationModule):
     summed and reach everything below them.
 
     Args:
-        lr: Peak learning rate; published: 1e-5 for all.
+        lr: Peak learning rate; published: 1e-5 for all, of 7B models. Small models and short runs want 1e-4.
         loss: What is compared at the end of each merged layer: mse, kl (over the hidden dimension) or cosine.
         temperature: Temperature of the kl.
         match: Compare at the merged layers, or at all layers from the first merged one on.
@@ -194,6 +197,21 @@ class CoMeSP(DistillationModule):
         self.loss, self.temperature, self.match = loss, temperature, match
         self.state_weight, self.logit_weight = state_weight, logit_weight
         self.activation_checkpointing = activation_checkpointing
+
+    def reach(self) -> tuple[int | None, int | None]:
+        if self.logit_weight:
+            return None, None
+        if not (last := self.compared()):
+            raise ValueError("state_weight and logit_weight are both 0: nothing would be trained")
+        return self.groups[last[-1]][-1] + 1, last[-1] + 1
+
+    def check_trainer(self, trainer: Any) -> None:
+        super().check_trainer(trainer)
+        if self.trainable == "all" and not self.logit_weight and trainer.world_size > 1:
+            raise ValueError(
+                "trainable all without logits leaves the final norm without gradient, which several devices do not "
+                "allow: give --model.logit_weight 1 or --model.trainable layers"
+            )
 
     def compared(self) -> list[int]:
         """Student layers after which the streams are compared."""

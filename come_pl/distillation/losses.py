@@ -61,9 +61,13 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 @contextlib.contextmanager
-def _gathered(weight: Tensor) -> Iterator[None]:
-    """ZeRO-3 keeps parameters in parts: inside, the weight is whole."""
-    if hasattr(weight, "ds_id"):
+def _gathered(weight: Any) -> Iterator[None]:
+    """ZeRO-3 keeps parameters in parts: inside, the weight is whole.
+
+    Within the engine's forward it is so already: DeepSpeed gathers a weight that is read outside its own module, takes
+    it for one of the running module from then on (in the backward too), and raises where anyone else frees it.
+    """
+    if hasattr(weight, "ds_id") and weight.ds_status.name != "AVAILABLE":
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([weight]):

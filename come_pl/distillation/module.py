@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -68,10 +69,28 @@ def streams(decoder: Decoder, wanted: Collection[int]) -> Iterator[dict[int, Ten
             handle.remove()
 
 
+def _let_go(decoder: Decoder, stop: int | None) -> None:
+    """Takes out of a model what a forward up to layer `stop` does not run; without any layer, the embeddings too."""
+    if stop is None:
+        return
+    decoder.base.layers = decoder.layers[:stop]
+    decoder.model.set_output_embeddings(nn.Identity())
+    if stop == 0:
+        decoder.model.set_input_embeddings(nn.Identity())
+
+
+def _outside(decoder: Decoder) -> dict[str, nn.Parameter]:
+    """Parameters of a model that are in no decoder layer."""
+    inside = {id(p) for p in decoder.layers.parameters()}
+    return {name: p for name, p in decoder.model.named_parameters() if id(p) not in inside}
+
+
 class DistillationModule(LightningModule):
     """Trains a pruned student towards its dense teacher. Subclasses say what is compared, in `losses`.
 
-    The teacher is no part of the module tree: it is replicated, never trained, and in no checkpoint.
+    The teacher is no part of the module tree: it is replicated, never trained, and in no checkpoint. What a method
+    never runs is let go, and frozen layers of the student that equal the teacher's are the very same tensors: memory
+    holds one model, and what learns.
 
     Args:
         lr: Peak learning rate: a number for all, a list from shallow to deep (interpolated geometrically over depth
@@ -111,20 +130,84 @@ class DistillationModule(LightningModule):
     def attach(self, teacher: Any, student: Any, groups: Sequence[Sequence[int]]) -> None:
         """Give the module its models, and for each student layer the teacher layers that it stands for.
 
+        The models are the module's from here on: layers, embeddings and heads that are never run are taken out of them.
+
+        Raises: as `correspond`.
+        """
+        self.correspond(groups)
+        self.teacher = Decoder(teacher.requires_grad_(False).eval())  # not an nn.Module: hidden from the module tree
+        self.student_model = student.eval()  # dropout would be noise: a loss is compared with the teacher's states
+        self.student = Decoder(student)
+        teacher_stop, student_stop = self.reach()
+        _let_go(self.teacher, teacher_stop)
+        _let_go(self.student, student_stop)
+        self.prepare()
+        named = self.student_model.named_parameters(remove_duplicate=False)
+        self.trained = frozenset(name for name, p in named if p.requires_grad)  # by name: sharding replaces parameters
+        self.share()
+
+    def correspond(self, groups: Sequence[Sequence[int]]) -> None:
+        """Say which teacher layers each student layer stands for; needs no model.
+
         Raises:
-            NothingToTrain: no student layer stands for more than one teacher layer, and only merged ones should learn.
+            NothingToTrain: no student layer stands for more than one teacher layer.
+            BadRate: learning rates that do not fit the merged layers.
         """
         self.groups = [list(group) for group in groups]
         self.merged = [i for i, group in enumerate(self.groups) if len(group) > 1]
         if not self.merged:
             raise NothingToTrain("no layer of the student stands for more than one teacher layer: nothing was merged")
-        self.teacher = Decoder(teacher.requires_grad_(False).eval())  # not an nn.Module: hidden from the module tree
-        self.student_model = student.eval()  # dropout would be noise: a loss is compared with the teacher's states
-        self.student = Decoder(student)
-        self.prepare()
-        named = self.student_model.named_parameters(remove_duplicate=False)
-        self.trained = frozenset(name for name, p in named if p.requires_grad)  # by name: sharding replaces parameters
-        self.rates()  # says now what is wrong with `lr`
+        self.rates()
+
+    def reach(self) -> tuple[int | None, int | None]:
+        """How many layers of teacher and student are run, from the first on; None: all of them and the head."""
+        return None, None
+
+    def check_trainer(self, trainer: Any) -> None:
+        """Raises ValueError for settings of the trainer that this method cannot run under; no model is needed."""
+        if isinstance(trainer.strategy, ModelParallelStrategy) and self.trainable == "all":
+            raise ValueError("trainable all does not run under fsdp: give --model.trainable layers, or ddp")
+
+    def lighten(self, precision: str, deepspeed: bool) -> None:
+        """In bf16, hold what is never trained as the forward would make it at each step: half the memory, no
+        conversion. Under autocast norms and embeddings stay, so the stream stays in fp32 and the numbers are the same;
+        DeepSpeed and bf16-true run everything in bf16, and convert the student themselves."""
+        if not precision.startswith("bf16"):
+            return
+        if deepspeed or precision == "bf16-true":
+            self.teacher.model.to(torch.bfloat16)
+            return
+        for model, trained in ((self.teacher.model, frozenset()), (self.student_model, self.trained)):
+            head = model.get_output_embeddings()
+            for name, part in model.named_modules():
+                if isinstance(part, nn.Linear) and part is not head and f"{name}.weight" not in trained:
+                    part.to(torch.bfloat16)
+        self.share()
+
+    def alike(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """Frozen parameters of the student, each with that of the teacher which it was made from, if it has its shape
+        and dtype."""
+        learns = {id(p) for n, p in self.student_model.named_parameters(remove_duplicate=False) if n in self.trained}
+        parts = [(_outside(self.student), _outside(self.teacher))]
+        for index, layer in enumerate(self.student.layers):
+            group = self.groups[index]
+            if len(group) == 1 and group[0] < len(self.teacher):
+                parts.append((dict(layer.named_parameters()), dict(self.teacher.layers[group[0]].named_parameters())))
+        for ours, theirs in parts:
+            for name, mine in ours.items():
+                other = theirs.get(name.replace(".base_layer.", "."))  # under an adapter
+                if other is None or id(mine) in learns:
+                    continue
+                if (mine.shape, mine.dtype) == (other.shape, other.dtype):
+                    yield mine, other
+
+    def share(self) -> None:
+        """Make one tensor of frozen parameters of student and teacher that are equal bit for bit, where the strategy
+        leaves the student's whole."""
+        for mine, other in self.alike():
+            sharded = hasattr(mine, "ds_id") or hasattr(mine, "full_tensor")
+            if not sharded and not mine.is_meta and torch.equal(mine.data, other.data.to(mine.device)):
+                other.data = mine.data
 
     def prepare(self) -> None:
         """Chooses what learns."""
@@ -134,6 +217,7 @@ class DistillationModule(LightningModule):
             layer.requires_grad_(self.trainable != "merged" or index in self.merged)
 
     def on_fit_start(self) -> None:
+        self.share()  # again: the strategy has moved the student, and may have converted it
         self.teacher.model.to(self.device)
 
     def on_train_start(self) -> None:
@@ -146,8 +230,6 @@ class DistillationModule(LightningModule):
             return
         from torch.distributed.fsdp import fully_shard
 
-        if self.trainable == "all":
-            raise ValueError("trainable all does not run under fsdp: give --model.trainable layers, or ddp")
         self._sharded = True
         for layer in self.student.layers:
             fully_shard(layer, mesh=mesh["data_parallel"])
@@ -215,7 +297,9 @@ class DistillationModule(LightningModule):
     def configure_optimizers(self) -> Any:
         self.total_steps = self._planned_steps()
         groups = self.parameter_groups()
-        optimizer = torch.optim.AdamW(groups, lr=max(g["lr"] for g in groups), weight_decay=self.weight_decay)
+        settings = {"lr": max(g["lr"] for g in groups), "weight_decay": self.weight_decay}
+        fused = getattr(self.trainer.strategy, "offloads", False)  # its loop over tensors is slow on a CPU
+        optimizer = torch.optim.AdamW(groups, **settings, fused=fused or None)
         shares = [self.share_of_peak(group["name"]) for group in groups]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shares)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

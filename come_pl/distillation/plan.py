@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,11 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Plan:
-    """GiB on each device; `host` is what offloading moves to the CPU's memory, for each device."""
+    """GiB on each device; `host` is what offloading moves to the CPU's memory, for each device.
+
+    `teacher` is what the teacher holds by itself: layers that no loss needs are let go, and frozen layers that the
+    student has unchanged count with the student (`shared` GiB of it).
+    """
 
     teacher: float
     student: float
@@ -23,6 +28,7 @@ class Plan:
     optimizer: float
     activations: float
     host: float = 0.0
+    shared: float = 0.0
     trained: int = 0
     parameters: int = 0
 
@@ -32,7 +38,7 @@ class Plan:
 
     def table(self, title: str) -> str:
         rows = [
-            ("teacher", self.teacher),
+            (f"teacher (and {self.shared:.3f} GiB shared)" if self.shared else "teacher", self.teacher),
             (f"student ({self.parameters / 1e6:.1f}M parameters)", self.student),
             (f"gradients ({self.trained / 1e6:.1f}M trained)", self.gradients),
             ("optimizer states", self.optimizer),
@@ -43,12 +49,17 @@ class Plan:
         return "\n".join([title, *(f"  {name:<38}{value:9.3f} GiB" for name, value in rows)])
 
 
-def on_meta(config: Any) -> Any:
+def on_meta(config: Any, dtype: torch.dtype = torch.float32) -> Any:
     """A model of a config without any weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def held(parameters: Iterable[torch.Tensor]) -> int:
+    """Bytes of tensors."""
+    return sum(p.numel() * p.element_size() for p in parameters)
 
 
 def activation_bytes(decoder: Decoder, tokens: int, element: int) -> int:
@@ -68,7 +79,8 @@ def memory_plan(
     batch_size: int,
     seqlen: int,
 ) -> Plan:
-    """GiB per device of a module attached to models on the meta device (`on_meta`)."""
+    """GiB per device of a module attached to models on the meta device (`on_meta`), which are made as light as the
+    precision lets them be."""
     half = precision.startswith("bf16") or precision.startswith("16")
     true_half = precision in ("bf16-true", "16-true")
     deepspeed, fsdp = strategy.startswith("deepspeed"), strategy == "fsdp"
@@ -78,22 +90,19 @@ def memory_plan(
     if getattr(module, "schedule", "joint") == "sequential":
         trained //= len(module.merged)
     everything = sum(p.numel() for p in named.values())
-    all_trained = sum(p.numel() for n, p in named.items() if n in module.trained)
-    teacher = sum(p.numel() for p in module.teacher.model.parameters()) * (2 if half else 4)
-    if type(module).__name__ == "LM" or getattr(module, "objective", "") == "lm":
-        teacher = 0
-
     low = 2 if half and (deepspeed or true_half) else 4
-    student = (
-        everything * low
-        if deepspeed or true_half
-        else all_trained * 4 + (everything - all_trained) * (2 if half else 4)
-    )
+    if low == 2:  # DeepSpeed and Lightning convert the whole student
+        module.student_model.to(torch.bfloat16)
+    module.lighten(precision, deepspeed)
+    sharded = fsdp or stage == 3
+    shared = 0 if sharded else held(theirs for _, theirs in module.alike())  # untouched layers are taken to be equal
+    teacher = held(module.teacher.model.parameters()) - shared
+    student: float = held(module.student_model.parameters())
     gradients = trained * low
     optimizer = trained * (8 if low == 4 or not deepspeed else 12) if not true_half or deepspeed else trained * 4
     share = max(1, devices)
-    if fsdp or stage == 3:
-        layers = sum(p.numel() for la in module.student.layers for p in la.parameters()) * low if fsdp else student
+    if sharded:
+        layers = held(module.student.layers.parameters()) if fsdp else student
         student = student - layers + layers / share + module.student.layer_parameters * low  # one layer is gathered
     if fsdp or stage >= 2:
         gradients /= share
@@ -113,6 +122,7 @@ def memory_plan(
         optimizer / GIB,
         _activations(module, batch_size * seqlen, 2 if half else 4) / GIB,
         host / GIB,
+        shared / GIB,
         trained,
         everything,
     )
@@ -152,11 +162,13 @@ def print_plan(module: DistillationModule, data: Any, student: str | None, teach
         depth = target_depth(layers, None, 0.3)
         groups = planned_groups(layers, depth)
         small = None
-    dense_model = on_meta(dense)
-    student_model = on_meta(small) if small is not None else on_meta(dense)
+    accelerated = on["accelerator"] in ("gpu", "cuda") or (on["accelerator"] == "auto" and torch.cuda.is_available())
+    dense_model = on_meta(dense, getattr(dense, "dtype", None) or torch.float32) if accelerated else on_meta(dense)
+    student_model = on_meta(small if small is not None else dense)
     if small is None:
         decoder = Decoder(student_model)
         decoder.base.layers = torch.nn.ModuleList(list(decoder.layers)[: len(groups)])
+    depth = len(Decoder(dense_model))
     module.attach(dense_model, student_model, groups)
     devices = int(on["devices"]) if on["devices"].isdigit() else max(1, torch.cuda.device_count())
     devices *= int(on["num_nodes"])
@@ -169,7 +181,7 @@ def print_plan(module: DistillationModule, data: Any, student: str | None, teach
         seqlen=data.seqlen,
     )
     title = (
-        f"{path}, {len(module.teacher)} → {len(groups)} layers, {type(module).__name__} on {devices} device(s), "
+        f"{path}, {depth} → {len(groups)} layers, {type(module).__name__} on {devices} device(s), "
         f"{on['strategy']}, {on['precision']}, {data.batch_size} windows of {data.seqlen} tokens"
     )
     print(plan.table(title))

@@ -49,8 +49,18 @@ def build_communication() -> None:
         builder.load(verbose=False)
 
 
-class CPUDeepSpeedStrategy(DeepSpeedStrategy):
-    """DeepSpeed as it is, but that it does not refuse processes without CUDA."""
+class AnyDeepSpeedStrategy(DeepSpeedStrategy):
+    """DeepSpeed as it is, but that it refuses neither processes without CUDA, nor our optimizer where the optimizer's
+    states are offloaded: torch's fused AdamW runs on CPUs too, where DeepSpeed's own must be compiled first."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.config["zero_force_ds_cpu_optimizer"] = False  # type: ignore[index]
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the optimizer runs on the CPU."""
+        return "offload_optimizer" in self.config.get("zero_optimization", {})  # type: ignore[union-attr]
 
     def setup_environment(self) -> None:
         if not isinstance(self.accelerator, CPUAccelerator):
@@ -73,10 +83,9 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def register() -> None:
-    """Make `deepspeed*` run on CPUs, where there is no CUDA."""
-    if not torch.cuda.is_available():
-        for name, options in DEEPSPEED.items():
-            StrategyRegistry.register(name, CPUDeepSpeedStrategy, override=True, **options)
+    """Make `deepspeed*` the strategies of this module."""
+    for name, options in DEEPSPEED.items():
+        StrategyRegistry.register(name, AnyDeepSpeedStrategy, override=True, **options)
 
 
 def named(strategy: Any) -> Any:

@@ -10,13 +10,22 @@ from typing import Any
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_only
-from torch import nn
 
 from come_pl import models
 from come_pl.data import DistillationData, TokenWindows
 from come_pl.decoder import Decoder
+from come_pl.distillation.checkpoints import (
+    BEST,
+    FOLDER,
+    Checkpoints,
+    KeepBest,
+    Patience,
+    full_state,
+    newest,
+    trained_count,
+)
 from come_pl.distillation.curves import Curves
 from come_pl.distillation.module import DistillationModule, Diverged
 from come_pl.distillation.student import Pruned, check_fit, read_pruned
@@ -27,7 +36,6 @@ from come_pl.workflows.report import ask, finish
 from come_pl.workflows.texts import EvaluationText, evaluation_windows, measure
 
 ROOT = Path("runs/distill")
-CHECKPOINTS = "checkpoints"
 
 
 def distil(
@@ -56,7 +64,8 @@ def distil(
         student: run folder of `prune.py`; by default runs/prune/latest.
         teacher: the dense model; by default the one that the student was pruned from.
         save_every: optimizer steps between two checkpoints.
-        patience: stop after this many validations without a lower loss; None: never.
+        patience: stop after this many validations without a lower loss; None: never. Either way the weights of the
+            lowest validation loss are what is saved.
         samples: let the models continue a few words at the end, for the report.
 
     Returns:
@@ -66,15 +75,21 @@ def distil(
         ValueError: one of the package's own errors, all of which are one clear line.
     """
     main = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    if save_every < 1:
+        raise ValueError(f"save_every {save_every}: expected at least 1 optimizer step between two checkpoints")
+    stopping = [Patience(patience)] if patience is not None else []
+    trainer.callbacks += stopping  # type: ignore[attr-defined]
+    module.check_trainer(trainer)
     evaluation = evaluation or EvaluationText()
     pruned = read_pruned(student)
+    module.correspond(pruned.groups)
     path = teacher or pruned.teacher
     dense_config = models.load_config(path)
     tokenizer = models.load_tokenizer(path)
     check_fit(pruned, dense_config, tokenizer, path)
     bos = models.needs_bos(dense_config, tokenizer)
     data.attach(tokenizer, bos=bos, seed=seed)
-    identity = _identity(module, data, trainer, pruned, path, method, options, seed)
+    identity = _identity(data, trainer, pruned, path, method, options, seed, patience)
     output = output or ROOT / f"{pruned.folder.resolve().name}-{method}-{digest(identity)}"
     if resume and not (output / "run.json").is_file():
         raise RunError(f"--resume: {str(output)!r} holds no run to go on with; run without --resume")
@@ -103,32 +118,34 @@ def distil(
             known = measure(student_model.to(device), texts, "before", known)
             run.update(perplexity=known)
     module.attach(dense_model, student_model, pruned.groups)
-    _lighten(module, trainer)
+    module.lighten(str(trainer.precision), isinstance(trainer.strategy, DeepSpeedStrategy))
     curves = Curves(output)
-    trainer.callbacks += [curves, *_checkpointing(output, save_every, patience, data)]  # type: ignore[attr-defined]
+    best = KeepBest(output / FOLDER / BEST)
+    trainer.callbacks += [curves, best, Checkpoints(output / FOLDER, save_every)]  # type: ignore[attr-defined]
     if phases := getattr(module, "phases", 1) - 1:
         _lengthen(trainer, phases + 1)
     meter = Meter(device)
-    checkpoint = _newest(output / CHECKPOINTS)
+    checkpoint = newest(output / FOLDER)
     if checkpoint and main:
         print(f"going on from {checkpoint.name}")
     try:
         trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
     except Diverged as error:
         raise Diverged(f"{error}; {_keep_good(output)}. Try a lower --model.lr") from None
-    state = full_state(module, trainer)
+    state = full_state(module)
     if not main:
         return None
     if trainer.interrupted:
         print("stopped before the end; the same command goes on from the last checkpoint")
         return output
-    # before adapters are merged; ZeRO-3 keeps parameters in parts
-    parameters = dict(module.student_model.named_parameters())
-    trained = sum(getattr(parameters[n], "ds_numel", parameters[n].numel()) for n in module.trained if n in parameters)
-    seconds, peak = curves.seconds, meter.peak_gib
-    best = _best(trainer)
-    if best is not None:
-        state = best
+    trained, seconds, peak = trained_count(module), curves.seconds, meter.peak_gib
+    stopped = any(callback.exhausted for callback in stopping)
+    if stopped:
+        print(f"stopped after step {trainer.global_step}: {patience} validations without a lower loss")
+    kept = trainer.global_step
+    if best.step is not None and best.step < trainer.global_step:
+        kept, state = best.step, best.weights()
+        print(f"keeping the weights of step {kept}: lowest validation loss ({best.loss:.5g})")
     del trainer.optimizers[:]  # type: ignore[attr-defined]
     final = rebuilt(module, pruned, state, method)
     entries = measure(final.to(device), texts, "after", run.info["perplexity"])
@@ -141,6 +158,7 @@ def distil(
         parameters=models.parameter_count(final),
         peak_gib=round(peak, 3),
         steps=trainer.global_step,
+        validation={"stopped_early": stopped, "kept_step": kept, "lowest_loss": best.loss, "of_step": best.step},
         devices=trainer.world_size,
         groups=pruned.groups,
     )
@@ -152,7 +170,7 @@ def distil(
     # what the dense and the pruned model say is the pruning run's to know: here they may be sharded or in bf16
     loaders = {"recovered": lambda: final.to(device)}
     finish(output, partial(ask, output, loaders, tokenizer, known=pruned.folder) if samples else None)
-    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+    shutil.rmtree(output / FOLDER, ignore_errors=True)
     if output.parent.resolve() == ROOT.resolve():
         run.make_latest()
     print(summary(run.info))
@@ -164,7 +182,6 @@ GIB = 2**30
 
 
 def _identity(
-    module: DistillationModule,
     data: DistillationData,
     trainer: Trainer,
     pruned: Pruned,
@@ -172,7 +189,10 @@ def _identity(
     method: str,
     options: Mapping[str, Any],
     seed: int,
+    patience: int | None,
 ) -> dict[str, Any]:
+    """What decides the result; what is rarely set is told only where it is."""
+    rare = {"streaming": data.streaming or None, "patience": patience}
     return {
         "student": str(pruned.folder.resolve()),
         "teacher": teacher,
@@ -187,21 +207,8 @@ def _identity(
             "devices": trainer.world_size,
         },
         "seed": seed,
+        **{k: v for k, v in rare.items() if v is not None},
     }
-
-
-def _lighten(module: DistillationModule, trainer: Trainer) -> None:
-    """Under bf16 autocast, hold what is never trained as autocast would make it at each step: the same numbers, half
-    the memory, no conversion. (Norms and embeddings stay, so the stream stays in fp32.)"""
-    precision = str(trainer.precision)
-    if precision == "bf16-true":
-        module.teacher.model.to(torch.bfloat16)
-    elif precision == "bf16-mixed" and "DeepSpeed" not in type(trainer.strategy).__name__:
-        for model, trained in ((module.teacher.model, frozenset()), (module.student_model, module.trained)):
-            head = model.get_output_embeddings()
-            for name, part in model.named_modules():
-                if isinstance(part, nn.Linear) and part is not head and f"{name}.weight" not in trained:
-                    part.to(torch.bfloat16)
 
 
 def _lengthen(trainer: Trainer, phases: int) -> None:
@@ -212,62 +219,9 @@ def _lengthen(trainer: Trainer, phases: int) -> None:
         trainer.fit_loop.epoch_loop.max_steps = trainer.max_steps * phases
 
 
-def _checkpointing(output: Path, every: int, patience: int | None, data: DistillationData) -> list[Any]:
-    folder = output / CHECKPOINTS
-    callbacks: list[Any] = [
-        ModelCheckpoint(
-            folder, filename="{step}", every_n_train_steps=every, save_top_k=1, save_on_train_epoch_end=False
-        )
-    ]
-    if data.validation_tokens:
-        best: dict[str, Any] = {"monitor": "val_loss", "mode": "min", "save_top_k": 1, "save_weights_only": True}
-        callbacks.append(ModelCheckpoint(folder / "best", filename="{step}-{val_loss:.5g}", **best))
-        if patience is not None:
-            callbacks.append(EarlyStopping("val_loss", patience=patience, check_finite=True))
-    return callbacks
-
-
-def _newest(folder: Path) -> Path | None:
-    """The checkpoint with the highest step that was written whole."""
-    found = [p for p in folder.glob("step=*.ckpt") if p.is_file() or (p / "checkpoint").is_dir()]
-    return max(found, key=lambda p: int("".join(c for c in p.stem.split("=")[1] if c.isdigit())), default=None)
-
-
-def _best(trainer: Trainer) -> dict[str, torch.Tensor] | None:
-    """Trained weights of the lowest validation loss, if an earlier step had it."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
-            file = Path(callback.best_model_path)
-            if file.is_file():
-                stored = torch.load(file, map_location="cpu", weights_only=True)
-                if stored["global_step"] < trainer.global_step:
-                    print(f"keeping the weights of step {stored['global_step']}: lowest validation loss")
-                    prefix = "student_model."
-                    return {k.removeprefix(prefix): v for k, v in stored["state_dict"].items()}
-    return None
-
-
 def _keep_good(output: Path) -> str:
-    newest = _newest(output / CHECKPOINTS)
-    return f"the last good weights are in {newest}" if newest else "no step was saved yet: the student is unchanged"
-
-
-def full_state(module: DistillationModule, trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Trained parameters of the student, whole, on the CPU, whatever strategy shards them. Called on all ranks."""
-    state = {}
-    for name, parameter in module.student_model.named_parameters():
-        if name not in module.trained:
-            continue
-        if hasattr(parameter, "ds_id"):
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters([parameter]):
-                state[name] = parameter.detach().cpu().clone()
-        elif hasattr(parameter, "full_tensor"):
-            state[name] = parameter.full_tensor().detach().cpu()
-        else:
-            state[name] = parameter.detach().cpu().clone()
-    return state
+    good = newest(output / FOLDER)
+    return f"the last good weights are in {good}" if good else "no step was saved yet: the student is unchanged"
 
 
 def rebuilt(module: DistillationModule, pruned: Pruned, state: Mapping[str, torch.Tensor], method: str) -> Any:
