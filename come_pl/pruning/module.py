@@ -176,7 +176,8 @@ class PruningModule(LightningModule):
 
         Args:
             start: lowest layer that differs from the student; layers below are not run.
-            bound: a loss already found; infinity is returned for one above it, as soon as that is sure.
+            bound: a loss already found; infinity is returned for one above it, as soon as that is sure. One that
+                equals it is returned: which of equals wins is the caller's to say.
         """
         targets = self.targets()
         # (nats, processes that gave up), on the device: only a bound makes the host wait for each batch
@@ -184,11 +185,12 @@ class PruningModule(LightningModule):
         for index, batch in enumerate(self.batches):
             hidden = self._forward(index, start, skip=skip, swap=swap)
             total[0] += token_losses(self.student, hidden, batch["input_ids"], batch["mask"]).sum(dtype=torch.float64)
-            if bound < math.inf and float(total[0]) > bound * targets:
+            # a quotient, as what is returned: bound * targets may round to below the sum that made the bound
+            if bound < math.inf and float(total[0]) / targets > bound:
                 total[1] = 1  # this process alone is above the bound, so the sum is
                 break
         nats, gave_up = self.sum(total).tolist()
-        return math.inf if gave_up or nats > bound * targets else nats / targets
+        return math.inf if gave_up or nats / targets > bound else nats / targets
 
     def targets(self) -> float:
         """Predicted tokens of the calibration windows of all processes, at least 1."""
