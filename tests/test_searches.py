@@ -101,7 +101,7 @@ def test_any_expectation_finds_the_same(share: float, lowest: int):
     for search in ("full", "coarse"):
         tried: list[int] = []
 
-        def loss(point: int, bound: float) -> float:
+        def loss(point: int, bound: float, tried: list[int] = tried) -> float:
             tried.append(point)
             return bowl[point] if bowl[point] <= bound else math.inf
 
