@@ -73,8 +73,8 @@ def test_full_search_is_the_naive_one_bit_for_bit(seed: int, norm: str):
     assert all(torch.equal(value, expected[name]) for name, value in decision.layer.state_dict().items())
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("granularity", [1, 7, 10, 20, 48])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("granularity", [1, 7, 20, 40])
 def test_coarse_search_finds_a_local_minimum_in_few_attempts(seed: int, granularity: int):
     module, decision = searched("coarse", seed, granularity)
     found = decision.step.scores["ratio_loss"]
@@ -116,10 +116,10 @@ def test_any_expectation_finds_the_same(share: float, lowest: int):
 
 def test_equal_candidates_are_told_apart_by_the_grid():
     """More points than neurons: neighbouring points build the same layer, and the first of them is taken."""
-    for seed in range(3):
-        module, decision = searched("full", seed, granularity=120)
-        point, losses = chosen_by_copies(module, 120)
-        assert len(set(losses)) < 121 and decision.step.ratio == [point / 120, 1 - point / 120]
+    for seed in range(2):
+        module, decision = searched("full", seed, granularity=60)
+        point, losses = chosen_by_copies(module, 60)
+        assert len(set(losses)) < 61 and decision.step.ratio == [point / 60, 1 - point / 60]
 
 
 def test_the_bound_is_exact_where_losses_are_equal():
