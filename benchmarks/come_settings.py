@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import prune
+from benchmarks.measure import peak_gib, prune
 from come_pl import models
 from come_pl.cli.common import quiet
 from come_pl.data import CalibrationData, token_windows
@@ -81,7 +81,7 @@ def main() -> None:
         method = find(name)[1](**options)
         meter = Meter()
         module = prune(method, dense, data, arguments.target)
-        seconds, peak = meter.seconds, meter.peak_gib
+        seconds, peak = meter.seconds, peak_gib(meter, module.record)
         after = perplexity(module.student_model, held.input_ids, held.mask, title=written).token
         row = dict(
             zip(

@@ -33,6 +33,11 @@ RANDOM = re.compile(r"random:(\d+)x(\d+)(?:x(\d+))?")
 GIB = 2**30
 
 
+def peak_gib(meter: Meter, record: Record) -> float:
+    """Peak of a whole run: each step of ours has begun a meter of its own, which forgets the peak before it."""
+    return max([meter.peak_gib, *(step.peak_gib for step in record.steps)])
+
+
 class BadBenchmark(ValueError):
     """Settings that nothing can be measured with; the message is one line that says what to do."""
 
@@ -149,7 +154,7 @@ def run(method: Method, model: Any, data: CalibrationData, steps: int, monitor: 
     with counted(model, data.windows.tokens) as cost:
         meter = Meter()
         record = prune(method, model, data, target, monitor).record if ours else naive.prune(method, model, ids, target)
-        seconds, peak = meter.seconds, meter.peak_gib
+        seconds, peak = meter.seconds, peak_gib(meter, record)
     return Measured(seconds, peak - before, cost.passes, cost.head_passes, choices=choices(record.steps))
 
 
@@ -161,11 +166,8 @@ def statistics_pass(method: Method, model: Any, data: CalibrationData, repeats: 
     def ours_once() -> None:
         # no trainer, and the streams of the pass before are written over
         module.attach(model, Record(len(decoder)), needs=method.needs, span=method.span)
-        module.batches = [
-            {"input_ids": i, "mask": torch.ones_like(i, dtype=torch.bool), "attention": None} for i in ids
-        ]
-        module._states = states
-        for index, batch in enumerate(module.batches):
+        module.batches, module._states = windows, states
+        for index, batch in enumerate(windows):
             module.training_step(batch, index)
 
     def naive_once() -> None:
@@ -176,11 +178,8 @@ def statistics_pass(method: Method, model: Any, data: CalibrationData, repeats: 
             decoder.run(input_ids)
 
     states: list[Tensor | None] = [None] * len(ids)
-    windows: list[dict[str, Any]] = []
-    for input_ids in ids:
-        windows.append(
-            {"input_ids": input_ids, "mask": torch.ones_like(input_ids, dtype=torch.bool), "attention": None}
-        )
+    whole = [torch.ones_like(i, dtype=torch.bool) for i in ids]
+    windows: list[dict[str, Any]] = [{"input_ids": i, "mask": m, "attention": None} for i, m in zip(ids, whole)]
     work: Callable[[], None] = ours_once if ours else naive_once
     with torch.inference_mode():
         decoder.run(ids[0][:, :8])

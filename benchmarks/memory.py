@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from benchmarks.measure import GIB, prune, resident_gib, statistics_pass
+from benchmarks.measure import GIB, peak_gib, prune, resident_gib, statistics_pass
 from come_pl import models
 from come_pl.cli.common import quiet
 from come_pl.data import CalibrationData
@@ -40,8 +40,8 @@ def main() -> None:
     hidden, depth = decoder.geometry.hidden, len(decoder)
     states = windows.input_ids.numel() * hidden * 4 * (depth + 1) / GIB
     meter = Meter()
-    prune(method, dense, data, arguments.target, monitor=4)
-    peak, seconds = meter.peak_gib, meter.seconds
+    record = prune(method, dense, data, arguments.target, monitor=4).record
+    peak, seconds = peak_gib(meter, record), meter.seconds
     print(f"libraries {libraries:.2f} GiB, model {model:.2f} GiB, states {states:.2f} GiB, peak {peak:.2f} GiB")
     print(f"peak without libraries and states: {(peak - libraries - states) / model:.2f} x the model")
     print(f"{depth} to {arguments.target} layers in {seconds:.0f} s")
