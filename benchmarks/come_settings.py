@@ -14,16 +14,14 @@ import logging
 from pathlib import Path
 
 import torch
-from lightning import Trainer
 
+from benchmarks.measure import peak_gib, prune
 from come_pl import models
 from come_pl.cli.common import quiet
 from come_pl.data import CalibrationData, token_windows
 from come_pl.evaluation.perplexity import perplexity
-from come_pl.pruning.loop import ProgressivePruning
 from come_pl.pruning.methods import find
-from come_pl.pruning.module import PruningModule
-from come_pl.record import Meter, Record
+from come_pl.record import Meter
 
 RELEASED = {"norm": "mean", "p": 1.0, "rho": 0.0, "wo_repeat": True, "span_tokens": "last"}
 ROWS: list[tuple[str, dict, int, int]] = [  # method, options over RELEASED, tokens, seed
@@ -84,31 +82,20 @@ def main() -> None:
         data = CalibrationData(arguments.calibration, tokens=tokens, seqlen=arguments.seqlen)
         data.attach(tokenizer, bos=False, seed=seed)
         method = find(name)[1](**options)
-        module, record = PruningModule(monitor=1), Record(dense.config.num_hidden_layers)
-        module.attach(dense, record, needs=method.needs, span=method.span)
         meter = Meter()
-        trainer = Trainer(
-            max_epochs=-1,
-            callbacks=[ProgressivePruning(method, arguments.target)],
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-            accelerator="cpu",
-        )
-        trainer.fit(module, datamodule=data)
-        seconds, peak = meter.seconds, meter.peak_gib
+        module = prune(method, dense, data, arguments.target)
+        seconds, peak = meter.seconds, peak_gib(meter, module.record)
         after = perplexity(module.student_model, held.input_ids, held.mask, title=written).token
         row = dict(
             zip(
                 COLUMNS,
                 [name, written, tokens, seed, f"{before:.2f}", f"{after:.2f}", f"{after / before:.2f}"]
-                + [f"{seconds:.0f}", f"{peak:.2f}", " ".join(str(s.layers[0]) for s in record.steps)],
+                + [f"{seconds:.0f}", f"{peak:.2f}", " ".join(str(s.layers[0]) for s in module.record.steps)],
                 strict=True,
             )
         )
         print(row, flush=True)
-        del trainer, module, method, data
+        del module, method, data
         gc.collect()  # a trainer and its module hold each other, and the states of a run are larger than the model
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         new = not arguments.out.is_file()

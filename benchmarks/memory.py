@@ -10,27 +10,15 @@ forward of the decoder layers over the same tokens (median of 5 alternating pair
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from pathlib import Path
+from dataclasses import replace
 
-import torch
-from lightning import Trainer
-
+from benchmarks.measure import GIB, peak_gib, prune, resident_gib, statistics_pass
 from come_pl import models
 from come_pl.cli.common import quiet
 from come_pl.data import CalibrationData
-from come_pl.pruning.loop import ProgressivePruning
+from come_pl.decoder import Decoder
 from come_pl.pruning.methods import find
-from come_pl.pruning.module import PruningModule
-from come_pl.record import Meter, Record
-
-GIB = 2**30
-
-
-def resident_gib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / GIB
+from come_pl.record import Meter
 
 
 def main() -> None:
@@ -48,34 +36,19 @@ def main() -> None:
     dense = models.load_model(arguments.model)
     model = models.parameter_count(dense) * 4 / GIB
     method = find("come")[1]()
-    module = PruningModule()
-    module.attach(dense, Record(dense.config.num_hidden_layers), needs=method.needs, span=method.span)
-    hidden, depth = module.student.geometry.hidden, len(module.student)
+    decoder = Decoder(dense)
+    hidden, depth = decoder.geometry.hidden, len(decoder)
     states = windows.input_ids.numel() * hidden * 4 * (depth + 1) / GIB
-    options = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "accelerator": "cpu"}
-    trainer = Trainer(
-        max_epochs=-1, callbacks=[ProgressivePruning(method, arguments.target)], enable_progress_bar=False, **options
-    )
     meter = Meter()
-    trainer.fit(module, datamodule=data)
-    peak, seconds = meter.peak_gib, meter.seconds
+    record = prune(method, dense, data, arguments.target, monitor=4).record
+    peak, seconds = peak_gib(meter, record), meter.seconds
     print(f"libraries {libraries:.2f} GiB, model {model:.2f} GiB, states {states:.2f} GiB, peak {peak:.2f} GiB")
     print(f"peak without libraries and states: {(peak - libraries - states) / model:.2f} x the model")
     print(f"{depth} to {arguments.target} layers in {seconds:.0f} s")
 
-    batch = {"input_ids": windows.input_ids[:2], "mask": windows.mask[:2]}
-    module.attach(dense, Record(depth), needs=method.needs, span=method.span)
-    module.monitor_windows = 0
-    ratios = []
-    for _ in range(6):
-        with torch.inference_mode():
-            begin = time.perf_counter()
-            module.teacher.run(batch["input_ids"])
-            bare = time.perf_counter() - begin
-            begin = time.perf_counter()
-            module.training_step(batch, 0)
-            ratios.append((time.perf_counter() - begin) / bare)
-    print(f"statistics pass: {statistics.median(ratios[1:]):.2f} x the bare forward")
+    data.windows = replace(windows, input_ids=windows.input_ids[:2], mask=windows.mask[:2])
+    bare = statistics_pass(method, dense, data, 5, ours=True).bare
+    print(f"statistics pass: {bare:.2f} x the bare forward")
 
 
 if __name__ == "__main__":

@@ -172,6 +172,7 @@ class LayerStatistics(Metric):
         super().__init__(sync_on_compute=True)
         self.depth, self.span, self.channels = layers, span, channels
         self.sizes = range(min(span, 2), span + 1)
+        self._buffers_of: dict[str, Tensor] = {}
         attention, mlp = channels or (0, 0)
         shapes = {
             "sum_attention": (layers, attention),
@@ -198,9 +199,17 @@ class LayerStatistics(Metric):
 
     def add_channels(self, kind: str, layer: int, x: Tensor, mask: Tensor) -> None:
         """x: (batch, seq, channels) or (batch·seq, channels); mask: (batch, seq)."""
-        x = x.reshape(*mask.shape, -1).abs().float()
+        x = self._magnitudes(kind, x.detach().reshape(*mask.shape, -1))
         per_window = torch.einsum("bs,bsc->bc", mask.float(), x)
         getattr(self, f"sum_{kind}")[layer] += per_window.to(self.tokens.dtype).sum(0)
+
+    def _magnitudes(self, kind: str, x: Tensor) -> Tensor:
+        """|x| in fp32, in a buffer that all layers use: pages that are new each time cost more than the arithmetic."""
+        buffer = self._buffers_of.get(kind)
+        usable = buffer is not None and (buffer.shape, buffer.device) == (x.shape, x.device)
+        if buffer is None or not usable or buffer.is_inference() != torch.is_inference_mode_enabled():
+            buffer = self._buffers_of[kind] = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        return torch.abs(x, out=buffer) if x.dtype == torch.float32 else buffer.copy_(x).abs_()
 
     def update(self, states: dict[int, Tensor], mask: Tensor, start: int = 0) -> None:
         """Adds a batch.
@@ -239,6 +248,7 @@ class LayerStatistics(Metric):
                     self.sum_span_last[boundary, column] += (at_last * has_tokens).sum()
 
     def compute(self) -> dict[str, Tensor]:
+        self._buffers_of.clear()  # the pass is over
         tokens, windows = self.tokens.clamp(min=1), self.windows.clamp(min=1)
         result = {
             "block_influence": self.sum_influence / tokens,

@@ -14,6 +14,7 @@ from conftest import tiny_ids, tiny_model
 from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
+from benchmarks.cost import counted
 from come_pl.decoder import Decoder
 from come_pl.pruning.loop import ProgressivePruning, PruningBar
 from come_pl.pruning.methods.come import CoMe
@@ -104,6 +105,29 @@ def test_the_cache_changes_nothing(tmp_path: Path, method: CoMe):
     """Invariant 7, as far as the written record."""
     records = [lines(prune(tmp_path / c, method=method, target=2, cache=c)) for c in ("ram", "none")]  # type: ignore[arg-type]
     assert records[0] == records[1] and len(records[0]) >= 2
+
+
+@pytest.mark.parametrize("method", [CoMe(), CoMeP(granularity=4, search="coarse")])
+@pytest.mark.parametrize("cache", ["ram", "none"])
+def test_monitoring_is_part_of_the_next_pass(tmp_path: Path, method: CoMe, cache: Any):
+    """What is run to monitor a step is measured while it runs: the next pass goes on with the other batches, and the
+    record is the same, bit for bit."""
+    found = []
+    for monitor in (1, 3, 100):  # windows: one batch, two batches, all three
+        dense = tiny_model(layers=LAYERS)
+        with counted(dense, 1) as cost:
+            module = prune(tmp_path / str(monitor), method=method, model=dense, cache=cache, monitor=monitor)
+        for step in module.record.steps:
+            step.loss = step.kl = None
+        found.append((lines(module), [step.layers[0] for step in module.record.steps], cost.layer_runs))
+    assert found[0][0] == found[1][0] == found[2][0]
+    for more, (_, sites, runs) in zip((1, 2), found[1:]):
+        # for each batch that is monitored: the teacher, and the student after the last step
+        last = LAYERS - 3 - (sites[-1] if cache == "ram" else 0)
+        assert runs - found[0][2] == more * (LAYERS + last)
+    if type(method) is CoMe and cache == "ram":
+        suffixes = [LAYERS - 1 - number - site for number, site in enumerate(found[0][1])]
+        assert found[0][2] == 3 * LAYERS + LAYERS + 3 * sum(suffixes[:-1]) + suffixes[-1]
 
 
 def test_batch_size_changes_no_decision(tmp_path: Path):

@@ -10,6 +10,7 @@ import sys
 import pytest
 from cli import ROOT
 
+from benchmarks.run import parser, tasks
 from come_pl.cli.compare import compare_main
 from come_pl.cli.evaluate import evaluate_main
 from come_pl.cli.export import export_main
@@ -55,6 +56,11 @@ def test_console_scripts(line: str, capsys: pytest.CaptureFixture, monkeypatch: 
     with pytest.raises(SystemExit) as stop:
         MAINS[name]()
     assert stop.value.code in (0, None), capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", commands("python -m benchmarks.run"))
+def test_benchmark_commands(line: str) -> None:
+    assert tasks(parser().parse_args(shlex.split(line)[3:]))
 
 
 def test_make_targets() -> None:

@@ -55,7 +55,8 @@ class ProgressivePruning(Callback):
         pl_module.do(step, decision.layer)
         record.append(step)
         self.refit.after(pl_module, step, record, last=record.layers <= self.target_layers)
-        step.loss, step.kl = pl_module.monitor()
+        pl_module.needs = self.method.needs_for(record) | self.refit.needs
+        step.loss, step.kl = pl_module.monitor(ahead=record.layers > self.target_layers)
         step.seconds, step.peak_gib = self.meter.seconds, self.meter.peak_gib
         self.steps_done += 1
         if trainer.is_global_zero:

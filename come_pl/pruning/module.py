@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
@@ -76,6 +77,7 @@ class PruningModule(LightningModule):
         self.valid = 0  # highest boundary of `_states` that is the student's as it is
         self._teacher_states: dict[int, Tensor] = {}  # the same of the teacher, once something asks for them
         self._teacher_final: dict[int, Tensor] = {}
+        self._ahead: set[int] = set()  # batches that the next pass need not run: monitoring measured them
         self._targets: float | None = None  # predicted tokens of all processes
         self.statistics = self._fresh_statistics()
 
@@ -101,22 +103,29 @@ class PruningModule(LightningModule):
                     self._teacher_final[batch_idx] = self.teacher.run(*_inputs(self.batches[batch_idx]))
             if not self.needs:  # a method that looks at weights only
                 return
-            kept, mask = self._states[batch_idx], batch["mask"]
-
-            def seen(kind: str, layer: int, x: Tensor) -> None:
-                self.statistics.add_channels(kind, layer, x, mask)
-
-            with boundaries(self.student, self.start) as found:
-                if "channel_intensity" in self.needs:
-                    with projection_inputs(self.student, self.start, seen):
-                        self._forward(batch_idx, self.start)
-                else:
-                    self._forward(batch_idx, self.start)
-            below = [] if kept is None else [s.to(mask.device, non_blocking=True) for s in kept[: self.start + 1]]
-            if self.needs - {"streams"}:
-                self.statistics.update(states_for(found, below), mask, self.start)
+            if batch_idx not in self._ahead:
+                self._measure(batch_idx)
             if self.cache != "none":
-                self._keep(batch_idx, found)
+                self.valid = len(self.student)
+
+    def _measure(self, batch_idx: int) -> Tensor:
+        """One batch of a pass; its final hidden states (batch, seq, hidden)."""
+        kept, mask = self._states[batch_idx], self.batches[batch_idx]["mask"]
+
+        def seen(kind: str, layer: int, x: Tensor) -> None:
+            self.statistics.add_channels(kind, layer, x, mask)
+
+        with contextlib.ExitStack() as hooks:
+            found = hooks.enter_context(boundaries(self.student, self.start))
+            if "channel_intensity" in self.needs:
+                hooks.enter_context(projection_inputs(self.student, self.start, seen))
+            final = self._forward(batch_idx, self.start)
+        below = [] if kept is None else [s.to(mask.device, non_blocking=True) for s in kept[: self.start + 1]]
+        if self.needs - {"streams"}:
+            self.statistics.update(states_for(found, below), mask, self.start)
+        if self.cache != "none":
+            self._keep(batch_idx, found)
+        return final
 
     def _keep(self, batch_idx: int, found: dict[int, Tensor]) -> None:
         """Copies the boundaries above the lowest that ran to the batch's store: one block, filled again in each pass,
@@ -129,7 +138,6 @@ class PruningModule(LightningModule):
         # the embeddings change too when the stream is scaled
         for boundary in range(self.start + 1 if self.start else 0, len(self.student) + 1):
             store[boundary].copy_(found[boundary])
-        self.valid = len(self.student)
 
     def _forward(self, batch_idx: int, start: int, **arrangement: Any) -> Tensor:
         batch, kept = self.batches[batch_idx], self._states[batch_idx]
@@ -176,7 +184,8 @@ class PruningModule(LightningModule):
 
         Args:
             start: lowest layer that differs from the student; layers below are not run.
-            bound: a loss already found; infinity is returned for one above it, as soon as that is sure.
+            bound: a loss already found; infinity is returned for one above it, as soon as that is sure. One that
+                equals it is returned: which of equals wins is the caller's to say.
         """
         targets = self.targets()
         # (nats, processes that gave up), on the device: only a bound makes the host wait for each batch
@@ -184,11 +193,12 @@ class PruningModule(LightningModule):
         for index, batch in enumerate(self.batches):
             hidden = self._forward(index, start, skip=skip, swap=swap)
             total[0] += token_losses(self.student, hidden, batch["input_ids"], batch["mask"]).sum(dtype=torch.float64)
-            if bound < math.inf and float(total[0]) > bound * targets:
+            # a quotient, as what is returned: bound * targets may round to below the sum that made the bound
+            if bound < math.inf and float(total[0]) / targets > bound:
                 total[1] = 1  # this process alone is above the bound, so the sum is
                 break
         nats, gave_up = self.sum(total).tolist()
-        return math.inf if gave_up or nats > bound * targets else nats / targets
+        return math.inf if gave_up or nats / targets > bound else nats / targets
 
     def targets(self) -> float:
         """Predicted tokens of the calibration windows of all processes, at least 1."""
@@ -214,6 +224,7 @@ class PruningModule(LightningModule):
 
     def changed_from(self, lowest: int) -> None:
         """The next pass starts at layer `lowest`: the student is another from there on."""
+        self._ahead.clear()
         self.valid = min(self.valid, lowest)
         self.start = 0 if self.cache == "none" else max(self.valid, 0)  # lower, if no pass followed the step before
         self.statistics = self.statistics.carry(len(self.student), self.start)
@@ -253,12 +264,21 @@ class PruningModule(LightningModule):
         return self.trainer.world_size if self._trainer is not None else 1
 
     @torch.inference_mode()
-    def monitor(self) -> tuple[float, float]:
-        """(loss, KL(teacher ‖ student)) of the student as it is, nats a token, on the monitored windows."""
+    def monitor(self, ahead: bool = False) -> tuple[float, float]:
+        """(loss, KL(teacher ‖ student)) of the student as it is, nats a token, on the monitored windows.
+
+        Args:
+            ahead: a pass over the student as it is follows, of what `needs` says: its first batches are these, and are
+                measured now, while they run.
+        """
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         for index, teacher_final in self._teacher_final.items():
             batch = self.batches[index]
-            hidden = self._forward(index, self.start)
+            if ahead and self.needs:
+                hidden = self._measure(index)
+                self._ahead.add(index)
+            else:
+                hidden = self._forward(index, self.start)
             losses, divergence = losses_and_divergences(
                 self.student, hidden, self.teacher, teacher_final, batch["input_ids"], batch["mask"]
             )

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from come_pl.decoder import Decoder
+from come_pl.decoder import Decoder, Geometry
 from come_pl.pruning.methods.base import Decision, Method, NoSite
 from come_pl.pruning.methods.select import Selector
 from come_pl.record import Record, Step
@@ -91,13 +91,17 @@ def top(scores: Tensor, count: int) -> tuple[int, ...]:
 
 def keep(decoder: Decoder, layers: Sequence[int], ratio: Sequence[float], statistics: dict[str, Tensor]) -> list[Kept]:
     """The channels that a concatenation of `layers` with shares `ratio` keeps."""
-    heads = distribute(ratio, decoder.geometry.kv_heads)
-    neurons = distribute(ratio, decoder.geometry.ffn)
-    kept = []
-    for layer, head_count, neuron_count in zip(layers, heads, neurons, strict=True):
-        head_scores, neuron_scores = sensitivity(decoder, layer, statistics)
-        kept.append(Kept(top(head_scores, head_count), top(neuron_scores, neuron_count)))
-    return kept
+    return pick(decoder.geometry, [sensitivity(decoder, layer, statistics) for layer in layers], ratio)
+
+
+def pick(shape: Geometry, scores: Sequence[tuple[Tensor, Tensor]], ratio: Sequence[float]) -> list[Kept]:
+    """The most sensitive channels of each layer, as many as its share.
+
+    Args:
+        scores: `sensitivity` of each layer.
+    """
+    heads, neurons = distribute(ratio, shape.kv_heads), distribute(ratio, shape.ffn)
+    return [Kept(top(s[0], h), top(s[1], n)) for s, h, n in zip(scores, heads, neurons, strict=True)]
 
 
 Select = Literal["auto", "span", "local", "loss"]

@@ -3,8 +3,10 @@
     l*  = argmin_l arccos(cos(h_l, h_{l+2})) / π     (all tokens)
     r*  = argmin_{r ∈ {0, 1/g, …, 1}} calibration loss of the student with concatenate(l*, l*+1; r, 1 − r)
 
-Pairs only; g = 20. A candidate is one new layer and a run from l* upward; one whose partial loss is already above the
-best is given up, which changes no choice.
+Pairs only; g = 20. A candidate is an index selection of two layers' weights and a run from l* upward; one whose partial
+loss is already above the best is given up, which changes no choice. So that this happens early, every 4th point of the
+grid comes first, then the points around the best at half the distance, and so on down to its neighbours; `full` then
+tries all the others, those near the best first, `coarse` ends there, with a point that is no worse than its neighbours.
 
 Differs from the released code in: it runs (there the ratio is used before it is set); the whole model is not copied
 for each candidate; and what CoMe's own file lists.
@@ -13,17 +15,63 @@ for each candidate; and what CoMe's own file lists.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from come_pl.pruning.methods.base import Decision
-from come_pl.pruning.methods.come import CoMe, keep
+from come_pl.pruning.methods.come import CoMe, pick, sensitivity
+from come_pl.pruning.methods.common import check
 from come_pl.record import Record
-from come_pl.surgery import Norm, concatenate, dominant
+from come_pl.surgery import Kept, Norm, concatenate, dominant
 
 if TYPE_CHECKING:
     from come_pl.pruning.module import PruningModule
+
+Search = Literal["full", "coarse"]
+
+
+def first_stride(granularity: int) -> int:
+    """Distance of the grid points that are tried first: the largest power of two up to a fifth of the grid."""
+    return 2 ** int(math.log2(max(granularity // 5, 1)))
+
+
+def most_tried(granularity: int) -> int:
+    """How many points of the grid a coarse search tries at most: the first ones, and two at each smaller distance."""
+    stride = first_stride(granularity)
+    return -(-granularity // stride) + 1 + 2 * int(math.log2(stride))
+
+
+def least(loss: Callable[[int, float], float], granularity: int, share: float, search: Search) -> dict[int, float]:
+    """What was tried of the points 0 … `granularity`, in the order of trying: point → loss.
+
+    Args:
+        loss: (point, bound) → its loss, or infinity for one above the bound; NaN is taken for infinity.
+        share: where the least loss is expected, in [0, 1]; says what is tried first, not what is found.
+    """
+    found: dict[int, float] = {}
+
+    def attempt(points: Iterable[int], near: float) -> None:
+        for point in sorted(points, key=lambda p: (abs(p - near), p)):
+            if 0 <= point <= granularity and point not in found:
+                value = loss(point, min(found.values(), default=math.inf))
+                found[point] = math.inf if math.isnan(value) else value
+
+    stride = first_stride(granularity)
+    attempt({*range(0, granularity, stride), granularity}, share * granularity)
+    while stride > 1:
+        stride //= 2
+        around = best(found)
+        attempt((around - stride, around + stride), around)
+    if search == "full":
+        attempt(range(granularity + 1), best(found))
+    return found
+
+
+def best(found: dict[int, float]) -> int:
+    """The point of the least loss; the lowest of equals."""
+    return min(found, key=lambda point: (found[point], point))
 
 
 class CoMeP(CoMe):
@@ -36,6 +84,8 @@ class CoMeP(CoMe):
         skip_method: How the site is chosen: bi (span distance), sleb (least loss with the layers removed), mka (always
             the last layers).
         span_tokens: Tokens that the span distance is taken over: last (of each window) or all.
+        search: Points of the grid that are tried: full (all; the least loss is found), or coarse (every 4th of 20, then
+            those around the best; fewer than half, and a loss no higher than at the points beside it).
     """
 
     def __init__(
@@ -45,30 +95,39 @@ class CoMeP(CoMe):
         wo_repeat: bool | None = None,
         skip_method: Literal["bi", "sleb", "mka"] = "bi",
         span_tokens: Literal["last", "all"] = "all",
+        search: Search = "full",
     ):
         if granularity < 1:
             raise ValueError(f"granularity {granularity}: at least 1 interval")
+        check(search=(search, Search))
         super().__init__(rho=0.0, norm=norm, wo_repeat=wo_repeat, skip_method=skip_method, span_tokens=span_tokens)
-        self.granularity = granularity
+        self.granularity, self.search = granularity, search
 
     def __call__(
         self, module: PruningModule, statistics: dict[str, Tensor], record: Record, *, remove: int
     ) -> Decision:
         step = super().__call__(module, statistics, record, remove=remove).step
-        first = step.layers[0]
-        layers = [module.student.layers[i] for i in step.layers]
-        best, losses = Decision(step), []
-        bound = math.inf
-        for tick in range(self.granularity + 1):
+        assert step.ratio is not None
+        student, layers = module.student, [module.student.layers[i] for i in step.layers]
+        scores = [sensitivity(student, i, statistics) for i in step.layers]  # the same for every candidate
+        winner: tuple[float, int, list[float], list[Kept], nn.Module] | None = None
+
+        def loss(tick: int, bound: float) -> float:
+            nonlocal winner
             ratio = [tick / self.granularity, 1 - tick / self.granularity]
-            kept = keep(module.student, step.layers, ratio, statistics)
-            candidate = concatenate(module.student, layers, kept, ratio, self.norm)
+            kept = pick(student.geometry, scores, ratio)
+            candidate = concatenate(student, layers, kept, ratio, self.norm)
             # it runs in the place of the layer whose config entries (sliding window, rotary table) it will have
             place = step.layers[dominant(ratio)]
             skip = [i for i in step.layers if i != place]
-            loss = module.loss(first, swap={place: candidate}, skip=skip, bound=bound)
-            losses.append(loss)
-            if loss < bound:
-                bound, step.ratio, step.kept, best.layer = loss, ratio, kept, candidate
-        step.scores["ratio_loss"] = list(losses)
-        return best
+            value = module.loss(step.layers[0], swap={place: candidate}, skip=skip, bound=bound)
+            if value < math.inf and (winner is None or (value, tick) < winner[:2]):
+                winner = (value, tick, ratio, kept, candidate)
+            return value
+
+        found = least(loss, self.granularity, step.ratio[0], self.search)
+        step.scores["ratio_loss"] = [found.get(tick) for tick in range(self.granularity + 1)]
+        if winner is None:
+            return Decision(step)
+        _, _, step.ratio, step.kept, layer = winner
+        return Decision(step, layer)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from come_pl.decoder import Decoder
 from come_pl.pruning.methods.base import Decision, Method, NoSite
 from come_pl.pruning.methods.common import check
 from come_pl.pruning.methods.drops import rounded
@@ -71,6 +72,7 @@ class LaCo(Method):
         check(merge=(merge, Merge), C=(C, 2), I=(I, 1), L=(L, 0), windows=(windows, 1))
         check(T=(T, -1), H=(H, L + 2))
         self.merge, self.C, self.I, self.L, self.H, self.T, self.windows = merge, C, I, L, H, T, windows
+        self._reference: tuple[Decoder, dict[int, Tensor]] | None = None  # whose, by batch
 
     def __call__(
         self, module: PruningModule, statistics: dict[str, Tensor], record: Record, *, remove: int
@@ -107,9 +109,15 @@ class LaCo(Method):
 
     @torch.inference_mode()
     def reference(self, module: PruningModule) -> dict[int, Tensor]:
-        """Final states (batch, seq, hidden) of the original model, by batch."""
-        used = [(index, module.batches[index]) for index in module.first_batches(self.windows)]
-        return {i: module.teacher.run(batch["input_ids"], batch["attention"]).cpu() for i, batch in used}
+        """Final states (batch, seq, hidden) of the original model, by batch; run once, for it does not change."""
+        if self._reference is None or self._reference[0] is not module.teacher:
+            self._reference = (module.teacher, {})
+        found = self._reference[1]
+        for index in module.first_batches(self.windows):
+            if index not in found:
+                batch = module.batches[index]
+                found[index] = module.teacher.run(batch["input_ids"], batch["attention"]).cpu()
+        return found
 
     @torch.inference_mode()
     def similarity(self, module: PruningModule, site: int, m: int, reference: dict[int, Tensor]) -> float:
