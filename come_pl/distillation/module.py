@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from come_pl.decoder import Decoder, attention_mask
 from come_pl.distillation.rates import Rates, cosine, learning_rates
+from come_pl.offload import move
 from come_pl.taps import stream_from
 
 Trainable = Literal["merged", "layers", "all"]
@@ -134,7 +135,7 @@ class DistillationModule(LightningModule):
             layer.requires_grad_(self.trainable != "merged" or index in self.merged)
 
     def on_fit_start(self) -> None:
-        self.teacher.model.to(self.device)
+        move(self.teacher.model, self.device)
 
     def on_train_start(self) -> None:
         self.student_model.eval()

@@ -20,6 +20,7 @@ from come_pl.decoder import Decoder
 from come_pl.distillation.curves import Curves
 from come_pl.distillation.module import DistillationModule, Diverged
 from come_pl.distillation.student import Pruned, check_fit, read_pruned
+from come_pl.offload import Offload, move
 from come_pl.record import Meter
 from come_pl.runs import Run, RunError, check_space, digest, read_run
 from come_pl.workflows.card import distilled_card, licence_files
@@ -47,6 +48,7 @@ def distil(
     save_every: int = 50,
     patience: int | None = None,
     samples: bool = True,
+    offload: Offload = "none",
 ) -> Path | None:
     """Distil a student run folder and write a run folder; a run that was killed goes on from its last checkpoint.
 
@@ -58,6 +60,7 @@ def distil(
         save_every: optimizer steps between two checkpoints.
         patience: stop after this many validations without a lower loss; None: never.
         samples: let the models continue a few words at the end, for the report.
+        offload: where the teacher's matrices are while they are not used, see `models.load_model`.
 
     Returns:
         The run folder, or None on processes other than the first.
@@ -87,7 +90,7 @@ def distil(
 
     student_model = models.load_model(str(pruned.folder / "model"), "float32")
     check_space(output, 6 * 4 * models.parameter_count(student_model) / GIB)
-    dense_model = models.load_model(path)
+    dense_model = models.load_model(path, offload=offload)
     device = trainer.strategy.root_device
     if main:
         run.update(
@@ -99,7 +102,7 @@ def distil(
         )
         if "perplexity" not in run.info:
             known = _known(pruned, texts)
-            known = measure(dense_model.to(device), texts, "dense", known)
+            known = measure(move(dense_model, device), texts, "dense", known)
             known = measure(student_model.to(device), texts, "before", known)
             run.update(perplexity=known)
     module.attach(dense_model, student_model, pruned.groups)
@@ -195,13 +198,13 @@ def _lighten(module: DistillationModule, trainer: Trainer) -> None:
     the memory, no conversion. (Norms and embeddings stay, so the stream stays in fp32.)"""
     precision = str(trainer.precision)
     if precision == "bf16-true":
-        module.teacher.model.to(torch.bfloat16)
+        move(module.teacher.model, torch.bfloat16)
     elif precision == "bf16-mixed" and "DeepSpeed" not in type(trainer.strategy).__name__:
         for model, trained in ((module.teacher.model, frozenset()), (module.student_model, module.trained)):
             head = model.get_output_embeddings()
             for name, part in model.named_modules():
                 if isinstance(part, nn.Linear) and part is not head and f"{name}.weight" not in trained:
-                    part.to(torch.bfloat16)
+                    move(part, torch.bfloat16)
 
 
 def _lengthen(trainer: Trainer, phases: int) -> None:
