@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--compare", action="store_true", help="prune once more in memory; demand the same")
     arguments = parser.parse_args()
     config = llama_config(arguments.scale, arguments.layers, arguments.tied)
-    dense, text = arguments.folder / "dense", arguments.folder / "text"
+    dense, text = arguments.folder / "dense", arguments.folder / "text.txt"
     parameters = write_checkpoint(dense, config)
     write_text(text, config.vocab_size)
     target = arguments.target_layers or arguments.layers - max(1, arguments.layers // 8)

@@ -216,7 +216,7 @@ def _from_disk(where: Location, config: Any, dtype: torch.dtype | str, store: St
     def empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         return None if parameter is None or parameter.is_meta else nn.Parameter(parameter.to("meta"))
 
-    handle = on_registration(empty)  # buffers are made in earnest, parameters without content
+    handle = on_registration(empty)  # type: ignore[arg-type]  # buffers are made in earnest, parameters without content
     try:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     finally:

@@ -39,14 +39,15 @@ class Store:
 
     def put(self, parameter: nn.Parameter, source: Entry | Tensor | None = None) -> None:
         """Let go of a parameter's content, which is in `source`, or is first written to one."""
-        if source is None and self.scratch is None:
-            source = parameter.detach().cpu()
-        elif source is None:
-            file = self.scratch.file(parameter)
-            tensors.write(file, {"content": parameter})
-            source = tensors.entries(file)["content"]
-        parameter.stored = _Stored(source, self)  # type: ignore[attr-defined]
+        parameter.stored = _Stored(self._written(parameter) if source is None else source, self)  # type: ignore[attr-defined]
         _let_go(parameter)
+
+    def _written(self, parameter: nn.Parameter) -> Entry | Tensor:
+        if self.scratch is None:
+            return parameter.detach().cpu()
+        file = self.scratch.file(parameter)
+        tensors.write(file, {"content": parameter})
+        return tensors.entries(file)["content"]
 
 
 @dataclass

@@ -187,11 +187,11 @@ def test_damaged_and_missing_files_are_told_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    text = tiny_text(tmp_path / "text")
+    text = tiny_text(tmp_path / "text.txt")
     save_tiny(tmp_path / "dense", layers=LAYERS)
     tiny_model(layers=LAYERS).save_pretrained(tmp_path / "dense", max_shard_size="20KB")
     words = ["--model.path", "dense", "--offload", "disk", "--data.calibration", text, "--evaluation.data", text]
-    words += ["--data.tokens", 512, "--data.seqlen", 32, "--target_layers", 3]
+    words += ["--data.tokens", 512, "--data.seqlen", 32, "--evaluation.tokens", 512, "--target_layers", 3]
     (tmp_path / "dense" / "model.safetensors").unlink()
     shard = sorted((tmp_path / "dense").glob("model-*.safetensors"))[2]
     whole = shard.read_bytes()
@@ -231,7 +231,7 @@ def test_files_hold_what_was_written(tmp_path: Path) -> None:
 
 
 def test_killed_and_gone_on_with_from_the_command_line(tmp_path: Path) -> None:
-    text = tiny_text(tmp_path / "text", words=4000)
+    text = tiny_text(tmp_path / "text.txt", words=4000)
     checkpoint = save_tiny(tmp_path / "dense", layers=8)
     words = ["--model.path", checkpoint, "--data.calibration", text, "--evaluation.data", text, "--target_layers", 3]
     words += ["--data.tokens", 1024, "--data.seqlen", 32, "--evaluation.tokens", 512]
@@ -265,9 +265,10 @@ def test_a_teacher_on_disk_teaches_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    text = tiny_text(tmp_path / "text", words=4000)
+    text = tiny_text(tmp_path / "text.txt", words=4000)
     words = ["--model.path", save_tiny(tmp_path / "dense", layers=LAYERS), "--target_layers", 3, "--output", "pruned"]
-    words += ["--data.calibration", text, "--data.tokens", 512, "--data.seqlen", 32, "--evaluation.data", text]
+    words += ["--data.calibration", text, "--data.tokens", 512, "--data.seqlen", 32]
+    words += ["--evaluation.data", text, "--evaluation.tokens", 512]
     assert exit_code(prune_main, "prune.py", *words, "--samples", "false", monkeypatch=monkeypatch) == 0
     words = ["--distill", "mp", "--student", "pruned", "--source", text, "--tokens", 2048, "--seqlen", 32]
     words += ["--model.schedule", "sequential", "--trainer.precision", precision, "--samples", "false"]
