@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from come_pl import tensors
 from come_pl.decoder import Decoder, family_of
@@ -195,6 +196,14 @@ def keep_on_host(model: Any) -> None:
     watch(layers)
 
 
+class _EmptyOnMeta(TorchFunctionMode):
+    """Within it `torch.empty`, which weights begin as, takes no memory: the heap would keep holes of their sizes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        meta = {"device": "meta"} if func is torch.empty else {}
+        return func(*args, **((kwargs or {}) | meta))
+
+
 def _from_disk(where: Location, config: Any, dtype: torch.dtype | str, store: Store) -> tuple[Any, list[str]]:
     """(a model whose decoder layers' matrices are read from the checkpoint when they are used, weights missing there).
 
@@ -218,7 +227,8 @@ def _from_disk(where: Location, config: Any, dtype: torch.dtype | str, store: St
 
     handle = on_registration(empty)  # type: ignore[arg-type]  # buffers are made in earnest, parameters without content
     try:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        with _EmptyOnMeta():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     finally:
         handle.remove()
     with contextlib.suppress(OSError):

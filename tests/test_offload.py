@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli import exit_code, is_one_line, kill_when, records, run
+from cli import exit_code, is_one_line, kill_when, records
 from conftest import save_tiny, tiny_ids, tiny_model, tiny_text
 from lightning import Trainer
 from safetensors.torch import load_file
@@ -195,6 +195,7 @@ def test_damaged_and_missing_files_are_told_in_one_line(
     (tmp_path / "dense" / "model.safetensors").unlink()
     shard = sorted((tmp_path / "dense").glob("model-*.safetensors"))[2]
     whole = shard.read_bytes()
+    capsys.readouterr()
 
     def refused(expected: str) -> None:
         assert exit_code(prune_main, "prune.py", *words, "--overwrite", monkeypatch=monkeypatch) == 2
@@ -230,19 +231,22 @@ def test_files_hold_what_was_written(tmp_path: Path) -> None:
         assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
-def test_killed_and_gone_on_with_from_the_command_line(tmp_path: Path) -> None:
+def test_killed_and_gone_on_with_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     text = tiny_text(tmp_path / "text.txt", words=4000)
     checkpoint = save_tiny(tmp_path / "dense", layers=8)
     words = ["--model.path", checkpoint, "--data.calibration", text, "--evaluation.data", text, "--target_layers", 3]
     words += ["--data.tokens", 1024, "--data.seqlen", 32, "--evaluation.tokens", 512]
-    plain = run("prune.py", *words, "--output", "plain", cwd=tmp_path)
-    assert plain.returncode == 0, plain.stderr
+    assert exit_code(prune_main, "prune.py", *words, "--output", "plain", monkeypatch=monkeypatch) == 0
     words += ["--output", "disk", "--offload", "disk", "--cache", "disk"]
     kill_when((tmp_path / "disk" / "record.jsonl").exists, "prune.py", *words, cwd=tmp_path)
     assert 0 < len(records(tmp_path / "disk")) < 5 and (tmp_path / "disk" / ".scratch").is_dir()
-    again = run("prune.py", *words, cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert "going on from step" in again.stdout and "no continuations with --offload disk" in again.stdout
+    capsys.readouterr()
+    assert exit_code(prune_main, "prune.py", *words, monkeypatch=monkeypatch) == 0
+    said = capsys.readouterr().out
+    assert "going on from step" in said and "no continuations with --offload disk" in said
     assert not (tmp_path / "disk" / ".scratch").exists()
     assert records(tmp_path / "disk") == records(tmp_path / "plain")
     infos = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("plain", "disk")]

@@ -92,8 +92,14 @@ def prune(
     scratch = output / SCRATCH / str(rank)
     model = models.load_model(module.path, module.dtype_name, module.offload, scratch / "weights")
     loading = meter.seconds
-    bytes_left = models.parameter_count(model) * next(model.parameters()).element_size()
-    check_space(output, 1.1 * bytes_left * ((config.num_hidden_layers - target) if continue_saving else 1) / 2**30)
+    size = next(model.parameters()).element_size()
+    bytes_left = models.parameter_count(model) * size
+    needed = 1.1 * bytes_left * ((config.num_hidden_layers - target) if continue_saving else 1)
+    if module.offload == "disk":  # new layers, and compensated ones, at most all of them
+        needed += bytes_left
+    if module.cache == "disk":  # streams of the dense model and of the pruned one
+        needed += 2 * size * windows.input_ids.numel() * config.hidden_size * (config.num_hidden_layers + 1)
+    check_space(output, needed / 2**30)
 
     record_file = output / "record.jsonl"
     layers = config.num_hidden_layers
