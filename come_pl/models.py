@@ -164,6 +164,7 @@ def load_model(name: str, dtype: str = "auto", offload: Offload = "none", scratc
     wanted = resolve_dtype(dtype, torch.cuda.is_available())
     with _reading(name):
         if offload == "disk":
+            _map_large_blocks()
             model, missing = _from_disk(where, config, wanted, Store(Scratch(scratch)))
         else:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -285,12 +286,18 @@ def _give_back_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def _map_large_blocks() -> None:
+    """From here on glibc gives each block above 1 MiB back at once: matrices that come and go leave no holes."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
+
+
 def check_finite(model: nn.Module, name: str) -> None:
     """Raises ModelError naming the first parameter that holds NaN or infinity."""
     for path, parameter in model.named_parameters():
         with present(parameter):
-            finite = bool(torch.isfinite(parameter.detach().sum(dtype=torch.float64)))
-        if not finite:
+            finite = torch.stack(parameter.detach().aminmax()).isfinite().all()
+        if not bool(finite):
             raise ModelError(f"model {name!r} has NaN or infinite weights in {path}; the checkpoint is damaged")
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -76,7 +77,13 @@ class _Stored:
 
 def absent(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """What a stored parameter is while its content is elsewhere."""
-    return torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
+    return _nothing(dtype, device).expand(shape)
+
+
+@functools.cache  # one for all: small ones between matrices that come and go would keep the heap's holes apart
+def _nothing(dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.full((), torch.nan, dtype=dtype, device=device)
 
 
 def _let_go(parameter: nn.Parameter, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
