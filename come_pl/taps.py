@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +36,10 @@ def stream_from(output: Tensor | tuple) -> Tensor:
 
 
 @contextlib.contextmanager
-def boundaries(decoder: Decoder, start: int = 0) -> Iterator[dict[int, Tensor]]:
-    """Collects the stream (batch, seq, hidden) at every boundary from `start` on, in the forward run inside."""
-    found: dict[int, Tensor] = {}
+def boundaries(decoder: Decoder, start: int = 0, into: Any = None) -> Iterator[Any]:
+    """Collects the stream (batch, seq, hidden) at every boundary from `start` on, in the forward run inside: in a
+    dictionary, or in `into`, whose items are set."""
+    found: Any = {} if into is None else into
     handles = []
     layers = decoder.layers
     for index in range(start, len(layers)):
@@ -211,12 +213,12 @@ class LayerStatistics(Metric):
             buffer = self._buffers_of[kind] = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         return torch.abs(x, out=buffer) if x.dtype == torch.float32 else buffer.copy_(x).abs_()
 
-    def update(self, states: dict[int, Tensor], mask: Tensor, start: int = 0) -> None:
+    def update(self, states: Any, mask: Tensor, start: int = 0) -> None:
         """Adds a batch.
 
         Args:
             states: boundary → (batch, seq, hidden), at least all from `start` on and those that a span ending above
-                `start` begins at.
+                `start` begins at; each is asked for once.
             mask: (batch, seq), True where a token counts.
             start: lowest layer that ran; statistics below it are left alone.
         """
@@ -233,7 +235,7 @@ class LayerStatistics(Metric):
             their digits where cos is near 1, as it is between adjacent layers."""
             for boundary in (first, second):
                 if boundary not in units:
-                    units[boundary] = F.normalize(states[boundary].float(), dim=-1)
+                    units[boundary] = F.normalize(states[boundary].to(weight.device).float(), dim=-1)
             return torch.linalg.vector_norm(units[first] - units[second], dim=-1).to(precise)
 
         for boundary in range(start + 1, self.depth + 1):
@@ -315,8 +317,3 @@ def losses_and_divergences(
         divergences.append(F.kl_div(log_student, log_teacher, log_target=True, reduction="none").sum(-1))
     loss = torch.cat(losses, 1)[:, :-1].where(targets_of(mask), 0.0)
     return loss, torch.cat(divergences, 1).where(mask, 0.0)
-
-
-def states_for(found: dict[int, Tensor], below: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Boundaries of a suffix pass together with those kept from before (`below[b]` is boundary b)."""
-    return dict(enumerate(below)) | found

@@ -45,6 +45,7 @@ def _train() -> None:
     from come_pl.data import DistillationData
     from come_pl.distillation import strategy
     from come_pl.distillation.registry import METHODS, find
+    from come_pl.offload import Offload
     from come_pl.workflows.distil import distil
     from come_pl.workflows.texts import EvaluationText
 
@@ -72,6 +73,13 @@ def _train() -> None:
             add_run_arguments(parser)
             parser.add_argument(
                 "--plan", type=bool, default=False, help="Print the memory plan and stop; no weight is read."
+            )
+            parser.add_argument(
+                "--offload",
+                type=Offload,
+                default="none",
+                help="Where the teacher's matrices are while they are not used: none (in memory), disk (read from its "
+                "safetensors files, once a batch), or cpu (host memory, beside an accelerator).",
             )
             parser.add_argument("--save_every", type=int, default=50, help="Optimizer steps between two checkpoints.")
             parser.add_argument(
@@ -138,6 +146,7 @@ def _train() -> None:
         save_every=config.save_every,
         patience=config.patience,
         samples=config.samples,
+        offload=config.offload,
     )
 
 

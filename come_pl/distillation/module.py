@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from come_pl.decoder import Decoder, attention_mask
 from come_pl.distillation.rates import Rates, cosine, learning_rates
+from come_pl.offload import move
 from come_pl.taps import stream_from
 
 Trainable = Literal["merged", "layers", "all"]
@@ -175,13 +176,13 @@ class DistillationModule(LightningModule):
         if not precision.startswith("bf16"):
             return
         if deepspeed or precision == "bf16-true":
-            self.teacher.model.to(torch.bfloat16)
+            move(self.teacher.model, torch.bfloat16)
             return
         for model, trained in ((self.teacher.model, frozenset()), (self.student_model, self.trained)):
             head = model.get_output_embeddings()
             for name, part in model.named_modules():
                 if isinstance(part, nn.Linear) and part is not head and f"{name}.weight" not in trained:
-                    part.to(torch.bfloat16)
+                    move(part, torch.bfloat16)
         self.share()
 
     def alike(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
@@ -218,7 +219,7 @@ class DistillationModule(LightningModule):
 
     def on_fit_start(self) -> None:
         self.share()  # again: the strategy has moved the student, and may have converted it
-        self.teacher.model.to(self.device)
+        move(self.teacher.model, self.device)
 
     def on_train_start(self) -> None:
         self.student_model.eval()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from come_pl import record as records
 from come_pl.decoder import Decoder, attention_mask
+from come_pl.offload import Offload, aside
+from come_pl.pruning.streams import Block, Cache, FileBlock, Streams
 from come_pl.record import Record, Step
 from come_pl.surgery import share
 from come_pl.taps import (
@@ -20,11 +23,11 @@ from come_pl.taps import (
     boundaries,
     losses_and_divergences,
     projection_inputs,
-    states_for,
     stream_at,
     targets_of,
     token_losses,
 )
+from come_pl.tensors import Scratch
 
 
 class NotFinite(ValueError):
@@ -40,8 +43,13 @@ class PruningModule(LightningModule):
     Args:
         path: Dense model: `embedded` (SmolLM2-135M-Instruct), a hub id, a folder, a .gguf file, or package:NAME.
         dtype: auto (the checkpoint's own on an accelerator, float32 on a CPU), float32, bfloat16 or float16.
-        cache: Where the streams between layers are kept for the next pass: ram, or none (every pass runs all layers;
-            less memory, the same result).
+        offload: Where the decoder layers' matrices are while they are not used: none (in memory), disk (read from the
+            checkpoint's safetensors files, one matrix at a time; a pass reads them once a batch), or cpu (host memory,
+            given to the accelerator one matrix at a time; without one the same as none). The result is the same.
+        cache: Where the streams between layers are kept for the next pass: ram, disk, or none (every pass runs all
+            layers). The result is the same.
+        cache_gib: Memory for the streams, of the dense model's and the pruned one's together, in GiB; batches beyond
+            it are kept on disk. Without it, all are in memory. For cache ram.
         monitor: Number of calibration windows, rounded up to whole batches, on which loss and KL(teacher || student)
             are measured after each step.
     """
@@ -50,32 +58,45 @@ class PruningModule(LightningModule):
         self,
         path: str = "embedded",
         dtype: str = "auto",
-        cache: Literal["ram", "none"] = "ram",
+        cache: Cache = "ram",
         monitor: int = 4,
+        offload: Offload = "none",
+        cache_gib: float | None = None,
     ):
         super().__init__()
         if monitor < 1:
             raise ValueError(f"monitor {monitor}: at least 1 window is measured after each step")
+        if cache_gib is not None and (cache != "ram" or not cache_gib >= 0):
+            raise ValueError(f"cache_gib {cache_gib}: a budget of memory, not negative, and for --cache ram")
         self.save_hyperparameters()
         self.automatic_optimization = False
         self.path, self.dtype_name, self.cache, self.monitor_windows = path, dtype, cache, monitor
+        self.offload: Offload = offload
+        self.cache_gib = 0.0 if cache == "disk" else math.inf if cache_gib is None else cache_gib
         self.needs: frozenset[str] = frozenset()
         self.span = 2
 
     def configure_optimizers(self) -> None:
         return None
 
-    def attach(self, model: Any, record: Record, *, needs: Collection[str], span: int = 2) -> None:
-        """Give the module its dense model, the record to go on from, and what its method needs measured."""
+    def attach(
+        self, model: Any, record: Record, *, needs: Collection[str], span: int = 2, scratch: Path | None = None
+    ) -> None:
+        """Give the module its dense model, the record to go on from, and what its method needs measured.
+
+        Args:
+            scratch: folder for streams on disk; emptied. By default a temporary one.
+        """
         self.teacher_model, self.record = model.requires_grad_(False), record
         self.student_model = records.replay(record, model) if record.steps else share(model)
         self.teacher, self.student = Decoder(self.teacher_model), Decoder(self.student_model)
         self.needs, self.span = frozenset(needs), span
         self.start = 0  # lowest layer that the next pass runs
         self.batches: list[dict[str, Any]] = []
-        self._states: list[Tensor | None] = []  # of each batch: (boundaries, batch, seq, hidden)
+        self._streams = Streams(self.cache_gib, Scratch(scratch))
+        self._states: list[Block | None] = []  # of each batch
         self.valid = 0  # highest boundary of `_states` that is the student's as it is
-        self._teacher_states: dict[int, Tensor] = {}  # the same of the teacher, once something asks for them
+        self._teacher_states: dict[int, Block] = {}  # the same of the teacher, once something asks for them
         self._teacher_final: dict[int, Tensor] = {}
         self._ahead: set[int] = set()  # batches that the next pass need not run: monitoring measured them
         self._targets: float | None = None  # predicted tokens of all processes
@@ -110,34 +131,38 @@ class PruningModule(LightningModule):
 
     def _measure(self, batch_idx: int) -> Tensor:
         """One batch of a pass; its final hidden states (batch, seq, hidden)."""
-        kept, mask = self._states[batch_idx], self.batches[batch_idx]["mask"]
+        batch = self.batches[batch_idx]
+        mask = batch["mask"]
+        kept = self._states[batch_idx] = self._states[batch_idx] or self._block(self.student, batch)
+        into = kept if isinstance(kept, FileBlock) else None
 
         def seen(kind: str, layer: int, x: Tensor) -> None:
             self.statistics.add_channels(kind, layer, x, mask)
 
         with contextlib.ExitStack() as hooks:
-            found = hooks.enter_context(boundaries(self.student, self.start))
+            found = hooks.enter_context(boundaries(self.student, self.start, into))
             if "channel_intensity" in self.needs:
                 hooks.enter_context(projection_inputs(self.student, self.start, seen))
             final = self._forward(batch_idx, self.start)
-        below = [] if kept is None else [s.to(mask.device, non_blocking=True) for s in kept[: self.start + 1]]
+        if kept is not None and into is None:
+            # the embeddings change too when the stream is scaled
+            for boundary in range(self.start + 1 if self.start else 0, len(self.student) + 1):
+                kept[boundary] = found[boundary]
+            lowest = max(self.start + 1 - self.span, 0)  # where a span that ends above `start` begins
+            found |= {b: self._back(kept, b) for b in range(lowest, self.start)}
         if self.needs - {"streams"}:
-            self.statistics.update(states_for(found, below), mask, self.start)
-        if self.cache != "none":
-            self._keep(batch_idx, found)
+            self.statistics.update(found, mask, self.start)
         return final
 
-    def _keep(self, batch_idx: int, found: dict[int, Tensor]) -> None:
-        """Copies the boundaries above the lowest that ran to the batch's store: one block, filled again in each pass,
-        because many small ones would leave the heap in pieces (twice the memory, measured with glibc)."""
-        store = self._states[batch_idx]
-        if store is None:
-            first = found[0]
-            store = torch.empty((len(self.student) + 1, *first.shape), dtype=first.dtype, device="cpu")
-            self._states[batch_idx] = store
-        # the embeddings change too when the stream is scaled
-        for boundary in range(self.start + 1 if self.start else 0, len(self.student) + 1):
-            store[boundary].copy_(found[boundary])
+    def _block(self, decoder: Decoder, batch: dict[str, Any]) -> Block | None:
+        """Room for the streams of a batch; None where nothing is kept."""
+        if self.cache == "none":
+            return None
+        shape = (*batch["input_ids"].shape, decoder.geometry.hidden)
+        return self._streams.block(len(decoder) + 1, torch.empty(shape, dtype=decoder.model.dtype, device="meta"))
+
+    def _back(self, kept: Block, boundary: int) -> Tensor:
+        return kept[boundary].to(self.device, non_blocking=True)
 
     def _forward(self, batch_idx: int, start: int, **arrangement: Any) -> Tensor:
         batch, kept = self.batches[batch_idx], self._states[batch_idx]
@@ -153,10 +178,10 @@ class PruningModule(LightningModule):
         """The student's stream (batch, seq, hidden) before layer `boundary`, of one batch of `batches`."""
         kept = self._states[batch_idx]
         if kept is not None and boundary <= self.valid:
-            return kept[boundary].to(self.device, non_blocking=True)
+            return self._back(kept, boundary)
         start, hidden = 0, None
         if kept is not None and self.valid > 0:
-            start, hidden = self.valid, kept[self.valid].to(self.device)
+            start, hidden = self.valid, self._back(kept, self.valid)
         return stream_at(self.student, boundary, *_inputs(self.batches[batch_idx]), start=start, hidden=hidden)
 
     @torch.inference_mode()
@@ -166,10 +191,12 @@ class PruningModule(LightningModule):
             return stream_at(self.teacher, boundary, *_inputs(self.batches[batch_idx]))
         kept = self._teacher_states.get(batch_idx)
         if kept is None:
-            with boundaries(self.teacher) as found:
+            kept = self._block(self.teacher, self.batches[batch_idx])
+            assert kept is not None
+            with boundaries(self.teacher, into=kept):
                 self.teacher.run(*_inputs(self.batches[batch_idx]))
-            kept = self._teacher_states[batch_idx] = torch.stack([found[b] for b in range(len(self.teacher) + 1)]).cpu()
-        return kept[boundary].to(self.device, non_blocking=True)
+            self._teacher_states[batch_idx] = kept
+        return self._back(kept, boundary)
 
     @torch.inference_mode()
     def loss(
@@ -236,15 +263,8 @@ class PruningModule(LightningModule):
             return
         for index, store in enumerate(self._states):
             assert store is not None and self.valid >= layer, "streams are advanced from below"
-            store[layer + 1].copy_(
-                stream_at(
-                    self.student,
-                    layer + 1,
-                    *_inputs(self.batches[index]),
-                    start=layer,
-                    hidden=store[layer].to(self.device),
-                )
-            )
+            inputs, hidden = _inputs(self.batches[index]), self._back(store, layer)
+            store[layer + 1] = stream_at(self.student, layer + 1, *inputs, start=layer, hidden=hidden)
         self.valid = layer + 1
 
     def first_batches(self, windows: int | None) -> list[int]:
@@ -295,6 +315,10 @@ class PruningModule(LightningModule):
         if not math.isfinite(loss):
             raise NotFinite("the calibration loss is not finite; the model or its dtype overflows on this text")
         return loss, divergence_mean
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        with aside(self):
+            return super()._apply(fn, recurse)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         return {}  # the record is what a run resumes from

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from come_pl.offload import present
+
 GRID = tuple(10 ** (k / 2) for k in range(-7, 5))  # 0.0003 … 100
 
 
@@ -37,7 +39,8 @@ class Fit:
 
     def added_to(self, projection: nn.Linear) -> dict[str, Tensor]:
         """Weight, and bias where it was fitted, of a projection with the change, in their dtypes."""
-        new = {"weight": (projection.weight.float() + self.change).to(projection.weight.dtype)}
+        with present(projection):
+            new = {"weight": (projection.weight.float() + self.change).to(projection.weight.dtype)}
         if self.bias is not None:
             new["bias"] = (projection.bias.float() + self.bias).to(projection.bias.dtype)
         return new

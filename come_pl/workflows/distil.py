@@ -29,6 +29,7 @@ from come_pl.distillation.checkpoints import (
 from come_pl.distillation.curves import Curves
 from come_pl.distillation.module import DistillationModule, Diverged
 from come_pl.distillation.student import Pruned, check_fit, read_pruned
+from come_pl.offload import Offload, move
 from come_pl.record import Meter
 from come_pl.runs import Run, RunError, check_space, digest, read_run
 from come_pl.workflows.card import distilled_card, licence_files
@@ -55,6 +56,7 @@ def distil(
     save_every: int = 50,
     patience: int | None = None,
     samples: bool = True,
+    offload: Offload = "none",
 ) -> Path | None:
     """Distil a student run folder and write a run folder; a run that was killed goes on from its last checkpoint.
 
@@ -67,6 +69,7 @@ def distil(
         patience: stop after this many validations without a lower loss; None: never. Either way the weights of the
             lowest validation loss are what is saved.
         samples: let the models continue a few words at the end, for the report.
+        offload: where the teacher's matrices are while they are not used, see `models.load_model`.
 
     Returns:
         The run folder, or None on processes other than the first.
@@ -102,7 +105,7 @@ def distil(
 
     student_model = models.load_model(str(pruned.folder / "model"), "float32")
     check_space(output, 6 * 4 * models.parameter_count(student_model) / GIB)
-    dense_model = models.load_model(path)
+    dense_model = models.load_model(path, offload=offload)
     device = trainer.strategy.root_device
     if main:
         run.update(
@@ -114,7 +117,7 @@ def distil(
         )
         if "perplexity" not in run.info:
             known = _known(pruned, texts)
-            known = measure(dense_model.to(device), texts, "dense", known)
+            known = measure(move(dense_model, device), texts, "dense", known)
             known = measure(student_model.to(device), texts, "before", known)
             run.update(perplexity=known)
     module.attach(dense_model, student_model, pruned.groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from come_pl import models
 from come_pl.data import CalibrationData
 from come_pl.decoder import Decoder, family_of
+from come_pl.offload import move
 from come_pl.pruning.loop import ProgressivePruning, PruningBar, log_step
 from come_pl.pruning.methods import find
 from come_pl.pruning.module import PruningModule
@@ -27,6 +29,7 @@ from come_pl.workflows.report import ask, finish
 from come_pl.workflows.texts import EvaluationText, evaluation_windows, measure
 
 ROOT = Path("runs/prune")
+SCRATCH = ".scratch"  # in the run folder: what is not in memory, one folder a process
 
 
 def prune(
@@ -55,7 +58,8 @@ def prune(
     Raises:
         ValueError: one of the package's own errors, all of which are one clear line.
     """
-    main: bool = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
+    main = rank == 0
     evaluation = evaluation or EvaluationText()
     name, method_class = find(method)
     config = models.load_config(module.path).get_text_config(decoder=True)
@@ -86,10 +90,17 @@ def prune(
         print(summary(run.info))
         return output
     meter = Meter()
-    model = models.load_model(module.path, module.dtype_name)
+    scratch = output / SCRATCH / str(rank)
+    model = models.load_model(module.path, module.dtype_name, module.offload, scratch / "weights")
     loading = meter.seconds
-    bytes_left = models.parameter_count(model) * next(model.parameters()).element_size()
-    check_space(output, 1.1 * bytes_left * ((config.num_hidden_layers - target) if continue_saving else 1) / 2**30)
+    size = next(model.parameters()).element_size()
+    bytes_left = models.parameter_count(model) * size
+    needed = 1.1 * bytes_left * ((config.num_hidden_layers - target) if continue_saving else 1)
+    if module.offload == "disk":  # new layers, and compensated ones, at most all of them
+        needed += bytes_left
+    if module.cache == "disk":  # streams of the dense model and of the pruned one
+        needed += 2 * size * windows.input_ids.numel() * config.hidden_size * (config.num_hidden_layers + 1)
+    check_space(output, needed / 2**30)
 
     record_file = output / "record.jsonl"
     layers = config.num_hidden_layers
@@ -126,9 +137,9 @@ def prune(
     device = trainer.strategy.root_device
     if main and "perplexity" not in run.info:
         meter = Meter(device)
-        run.update(perplexity=measure(model.to(device), texts, "dense"), seconds={"load": round(loading, 2)})
+        run.update(perplexity=measure(move(model, device), texts, "dense"), seconds={"load": round(loading, 2)})
         run.info["seconds"]["dense_perplexity"] = round(meter.seconds, 2)
-    module.attach(model, record, needs=chosen.needs, span=chosen.span)
+    module.attach(model, record, needs=chosen.needs, span=chosen.span, scratch=scratch / "streams")
 
     def save(folder: Path, pruned: dict[str, Any] | None) -> None:
         card = pruned_card(run.info | {"perplexity": pruned or {}}, record)
@@ -160,9 +171,9 @@ def prune(
         print(f"stopped at {record.layers} layers, before the target of {target}; the same command goes on from here")
         return output
     cost = costs(record)
-    measured = measure(module.student_model.to(device), texts, "pruned", run.info["perplexity"])
+    measured = measure(move(module.student_model, device), texts, "pruned", run.info["perplexity"])
     seconds = run.info.get("seconds", {}) | {"prune": cost["seconds"]}
-    module.student_model.to("cpu")
+    move(module.student_model, "cpu")
     save(output / "model", measured)
     parameters = {
         "dense": run.info["model"]["parameters"],
@@ -178,8 +189,14 @@ def prune(
         groups=record.groups,
     )
     run.update(status="finished")
-    loaders = {"dense": lambda: model.to(device), "pruned": lambda: module.student_model.to(device)}
+    if samples and module.offload == "disk":
+        samples = False  # a word would read the whole model
+        print(
+            f"no continuations with --offload disk; `come-report {output} --samples` makes them, with models in memory"
+        )
+    loaders = {"dense": lambda: move(model, device), "pruned": lambda: move(module.student_model, device)}
     finish(output, partial(ask, output, loaders, tokenizer) if samples else None)
+    shutil.rmtree(output / SCRATCH, ignore_errors=True)
     if output.parent.resolve() == ROOT.resolve():
         run.make_latest()
     print(summary(run.info))

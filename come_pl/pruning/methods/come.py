@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from come_pl.decoder import Decoder, Geometry
+from come_pl.offload import present
 from come_pl.pruning.methods.base import Decision, Method, NoSite
 from come_pl.pruning.methods.select import Selector
 from come_pl.record import Record, Step
@@ -76,8 +77,9 @@ def sensitivity(decoder: Decoder, layer: int, statistics: dict[str, Tensor]) -> 
     family, shape, module = decoder.family, decoder.geometry, decoder.layers[layer]
     scores = []
     for kind, path in (("attention", family.attention_output), ("mlp", family.mlp_output)):
-        weight = decoder.part(module, path).weight
-        magnitude = weight.abs().sum(0, dtype=torch.float64)
+        part = decoder.part(module, path)
+        with present(part):
+            magnitude = part.weight.abs().sum(0, dtype=torch.float64)
         scores.append(statistics[kind][layer].to(magnitude) * magnitude)
     heads = scores[0].view(shape.kv_heads, shape.heads_per_kv * shape.head_dim).mean(1)
     return heads, scores[1]

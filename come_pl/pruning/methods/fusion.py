@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from come_pl.decoder import Decoder
-from come_pl.pruning.methods.training import copied
+from come_pl.offload import copied, present
 
 
 class Fusion(nn.Module):
@@ -53,11 +53,12 @@ def fusible(
     for place in group:
         if place == fused:
             continue
-        layer = copied(student, student.layers[place]).requires_grad_(False)
+        layer = copied(student.layers[place], student.config).requires_grad_(False)
         for path, part in list(layer.named_modules()):
             if isinstance(part, nn.Linear):
                 weight = student.part(student.layers[fused], path).weight
-                register_parametrization(part, "weight", Fusion(weight, ranks, order))
+                with present(weight):
+                    register_parametrization(part, "weight", Fusion(weight, ranks, order))
             elif next(part.parameters(recurse=False), None) is not None:  # a norm
                 part.float().requires_grad_(True)
         net[str(place)] = layer

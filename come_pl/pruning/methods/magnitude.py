@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from come_pl.offload import present
 from come_pl.pruning.methods.drops import OneShot
 from come_pl.pruning.module import PruningModule
 
@@ -73,7 +74,8 @@ class Magnitude(OneShot):
     def salience(self, module: PruningModule) -> Iterator[tuple[int, list[Tensor]]]:
         """(layer, what is scored of each of its weights, in their shapes), layers in any order."""
         for index, layer in enumerate(module.student.layers):
-            yield index, [weight.detach() for weight in weights_of(layer)]
+            with present(layer):
+                yield index, [weight.detach() for weight in weights_of(layer)]
 
     def score(self, module: PruningModule, statistics: dict[str, Tensor]) -> Iterable[float]:
         scores = {index: self.joined(tensors) for index, tensors in self.salience(module)}

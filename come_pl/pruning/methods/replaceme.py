@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from come_pl.offload import present
 from come_pl.pruning.methods.base import Decision, Method, NoSite
 from come_pl.pruning.methods.common import check
 from come_pl.pruning.methods.shortgpt import angular_distances
@@ -80,10 +81,11 @@ class ReplaceMe(Method):
         step = Step("drop", list(range(cut, cut + remove)), scores={"angular_distance": [None, *distances[1:]]})
         projection = student.part(student.layers[cut - 1], path)
         fold = matrix.T.to(projection.weight.device)
-        step.weights = {
-            f"{cut - 1}.{path}.{name}": (fold @ parameter.detach().double()).to(parameter.dtype)
-            for name, parameter in projection.named_parameters()
-        }
+        with present(projection):
+            step.weights = {
+                f"{cut - 1}.{path}.{name}": (fold @ parameter.detach().double()).to(parameter.dtype)
+                for name, parameter in projection.named_parameters()
+            }
         return Decision(step)
 
     def least_squares(self, module: PruningModule, before: int, count: int) -> Tensor:

@@ -24,10 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from come_pl.offload import copied
 from come_pl.pruning.methods.base import Decision, Method
 from come_pl.pruning.methods.common import check
 from come_pl.pruning.methods.drops import rounded
-from come_pl.pruning.methods.training import copied, fit, generator, run_layers, usable
+from come_pl.pruning.methods.training import fit, generator, run_layers, usable
 from come_pl.record import Record, Step
 from come_pl.taps import boundaries, targets_of, token_losses
 
@@ -84,7 +85,7 @@ class Streamline(Method):
         window = list(range(first, first + remove + 1))
         step = Step("blend", window, [1.0] + [0.0] * remove, norm="first", scores={"window_distance": list(distances)})
         if self.epochs:
-            net = copied(module.student, module.student.layers[first]).float().requires_grad_(True)
+            net = copied(module.student.layers[first], module.student.config).float().requires_grad_(True)
             step.scores["training_loss"] = list(self.train(module, net, window, record))
             dense = dict(module.student.layers[first].named_parameters())
             trained = {name: parameter.detach().to(dense[name].dtype) for name, parameter in net.named_parameters()}

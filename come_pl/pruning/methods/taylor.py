@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from come_pl.offload import present
 from come_pl.pruning.methods.magnitude import Magnitude, weights_of
 from come_pl.pruning.module import PruningModule
 from come_pl.taps import stream_at, token_losses
@@ -68,21 +69,27 @@ class Taylor(Magnitude):
     def salience(self, module: PruningModule) -> Iterator[tuple[int, list[Tensor]]]:
         above = [gradient_at_top(module, index).cpu() for index in range(len(module.batches))]
         for layer in reversed(range(len(module.student))):
-            weights = weights_of(module.student.layers[layer])
-            sums = [torch.zeros_like(w, dtype=torch.float32) for w in weights]
-            try:
-                for weight in weights:
-                    weight.requires_grad_()
-                for index in range(len(module.batches)):
-                    found, below = gradients_below(module, layer, index, above[index], weights)
-                    above[index] = below.cpu()  # where the streams are kept
-                    for total, gradient in zip(sums, found, strict=True):
-                        total += gradient
-            finally:
-                for weight in weights:
-                    weight.requires_grad_(False)
-            gradients = [module.sum(total).to(total.device) / module.targets() for total in sums]
-            yield layer, [w.detach().float() * gradient for w, gradient in zip(weights, gradients, strict=True)]
+            with present(module.student.layers[layer]):  # in the backward pass too
+                yield layer, self.layer_salience(module, layer, above)
+
+    def layer_salience(self, module: PruningModule, layer: int, above: list[Tensor]) -> list[Tensor]:
+        """Weight times gradient of each of a layer's weights; `above`, the gradients of each batch in the stream after
+        the layer, become those below it."""
+        weights = weights_of(module.student.layers[layer])
+        sums = [torch.zeros_like(w, dtype=torch.float32) for w in weights]
+        try:
+            for weight in weights:
+                weight.requires_grad_()
+            for index in range(len(module.batches)):
+                found, below = gradients_below(module, layer, index, above[index], weights)
+                above[index] = below.cpu()  # where the streams are kept
+                for total, gradient in zip(sums, found, strict=True):
+                    total += gradient
+        finally:
+            for weight in weights:
+                weight.requires_grad_(False)
+        gradients = [module.sum(total).to(total.device) / module.targets() for total in sums]
+        return [w.detach().float() * gradient for w, gradient in zip(weights, gradients, strict=True)]
 
 
 class TaylorPlus(Taylor):

@@ -8,7 +8,6 @@ but what the pruning module holds: each step asks it for the streams of one cali
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import math
 import warnings
@@ -35,11 +34,6 @@ Loss = Callable[[int], tuple[Tensor, Tensor]]  # batch index → (sum over what 
 def generator(record: Record) -> torch.Generator:
     """Random numbers of one step: by the run's seed (`seed_everything`) and the step's number, resumed or not."""
     return torch.Generator().manual_seed((torch.initial_seed() + len(record.steps)) % 2**63)
-
-
-def copied(decoder: Decoder, layer: nn.Module) -> Any:
-    """A layer with parameters of its own that refers to the decoder's config."""
-    return copy.deepcopy(layer, {id(decoder.config): decoder.config})
 
 
 def usable(batch: Mapping[str, Any]) -> dict[str, Any]:
