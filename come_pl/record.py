@@ -172,6 +172,13 @@ class Record:
             groups = step.groups
         return factor
 
+    @property
+    def scales(self) -> list[float] | None:
+        """`scale_at` each boundary of the teacher; None where no step scaled the stream."""
+        if all(step.scale is None for step in self.steps):
+            return None
+        return [self.scale_at(boundary) for boundary in range(self.teacher_layers + 1)]
+
     def append(self, step: Step) -> None:
         """Numbers the step and works out its groups."""
         step.step, step.groups = len(self.steps) + 1, groups_after(self.groups, step)

@@ -22,6 +22,7 @@ from come_pl.distillation.layerwise import CoMeMP, CoMeSP
 from come_pl.distillation.module import Diverged, NothingToTrain
 from come_pl.distillation.rates import PRESETS, BadRate, by_depth, cosine, learning_rates
 from come_pl.distillation.student import Misfit
+from come_pl.record import Record, Step, replay
 from come_pl.runs import Run
 from come_pl.surgery import drop
 from come_pl.workflows.distil import distil
@@ -49,6 +50,21 @@ def batch_of(windows: int = 3, seq: int = 12, padded: int = 0, seed: int = 1) ->
 def attached(module: Any, family: str = "llama") -> Any:
     module.attach(*pruned_pair(family), GROUPS)
     return module
+
+
+def test_a_scaled_student_is_compared_with_a_scaled_teacher() -> None:
+    """What a compensated drop did to the stream is no error: a merged layer below it loses as much as unscaled."""
+    found = []
+    for scale in (None, 2.0):
+        teacher = tiny_model("llama", layers=6)
+        record = Record(6)
+        for step in (Step("drop", [5], scale=scale), Step("drop", [2])):
+            record.append(step)
+        module = CoMeMP()
+        module.attach(teacher, replay(record, teacher), record.groups, record.scales)
+        assert record.scales == (None if scale is None else [2.0] * 6 + [1.0])
+        found.append(module.losses(batch_of())["layer 1"])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=0)
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------

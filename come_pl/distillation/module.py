@@ -128,14 +128,24 @@ class DistillationModule(LightningModule):
 
     # -- models -----------------------------------------------------------------------------------------------------
 
-    def attach(self, teacher: Any, student: Any, groups: Sequence[Sequence[int]]) -> None:
+    def attach(
+        self,
+        teacher: Any,
+        student: Any,
+        groups: Sequence[Sequence[int]],
+        scales: Sequence[float] | None = None,
+    ) -> None:
         """Give the module its models, and for each student layer the teacher layers that it stands for.
 
         The models are the module's from here on: layers, embeddings and heads that are never run are taken out of them.
 
+        Args:
+            scales: for each boundary of the teacher, what the student's stream there was multiplied by, if any was.
+
         Raises: as `correspond`.
         """
         self.correspond(groups)
+        self.scales = scales
         self.teacher = Decoder(teacher.requires_grad_(False).eval())  # not an nn.Module: hidden from the module tree
         self.student_model = student.eval()  # dropout would be noise: a loss is compared with the teacher's states
         self.student = Decoder(student)
@@ -371,9 +381,12 @@ class DistillationModule(LightningModule):
     # -- forwards ---------------------------------------------------------------------------------------------------
 
     def teacher_states(self, batch: dict[str, Any], wanted: Collection[int], stop: int | None) -> tuple[Any, Tensor]:
-        """The teacher's stream at the wanted boundaries, and its final hidden states (of use if `stop` is None)."""
+        """The teacher's stream at the wanted boundaries, as large as the student's is to be, and its final hidden
+        states (of use if `stop` is None)."""
         with torch.no_grad(), streams(self.teacher, wanted) as found:
             final = self.teacher.run(batch["input_ids"], attention_mask(batch["mask"]), stop=stop)
+        if self.scales is not None:
+            found = {boundary: stream * self.scales[boundary] for boundary, stream in found.items()}
         return found, final
 
     def student_states(self, batch: dict[str, Any], wanted: Collection[int]) -> tuple[dict[int, Tensor], Tensor]:

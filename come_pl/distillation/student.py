@@ -23,6 +23,8 @@ class Pruned:
 
     Attributes:
         groups: for each student layer, the teacher layers that it stands for.
+        scales: for each boundary of the teacher, what the student's stream there was multiplied by (compensated
+            drops); None where it was not.
         teacher: path of the dense model.
         teacher_layers: depth of the dense model that was pruned.
         dtype: of the stored weights.
@@ -35,6 +37,7 @@ class Pruned:
     teacher_layers: int
     dtype: str = "float32"
     perplexity: dict[str, Any] = field(default_factory=dict)
+    scales: list[float] | None = None
 
 
 def read_pruned(student: str | None) -> Pruned:
@@ -57,7 +60,7 @@ def read_pruned(student: str | None) -> Pruned:
         last = entry.get("after", entry.get("pruned"))
         if last is not None:
             measured[name] = entry | {"pruned": last}
-    return Pruned(folder, groups, model["path"], layers, model.get("dtype", "float32"), measured)
+    return Pruned(folder, groups, model["path"], layers, model.get("dtype", "float32"), measured, info.get("scales"))
 
 
 def check_fit(pruned: Pruned, teacher: Any, tokenizer: Any, path: str) -> None:

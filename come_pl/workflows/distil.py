@@ -120,7 +120,7 @@ def distil(
             known = measure(move(dense_model, device), texts, "dense", known)
             known = measure(student_model.to(device), texts, "before", known)
             run.update(perplexity=known)
-    module.attach(dense_model, student_model, pruned.groups)
+    module.attach(dense_model, student_model, pruned.groups, pruned.scales)
     module.lighten(str(trainer.precision), isinstance(trainer.strategy, DeepSpeedStrategy))
     curves = Curves(output)
     best = KeepBest(output / FOLDER / BEST)
@@ -164,6 +164,7 @@ def distil(
         validation={"stopped_early": stopped, "kept_step": kept, "lowest_loss": best.loss, "of_step": best.step},
         devices=trainer.world_size,
         groups=pruned.groups,
+        scales=pruned.scales,
     )
     card = distilled_card(run.info, read_run(pruned.folder))
     models.save_model(final.to("cpu"), output / "model", tokenizer, card, licence_files(path))

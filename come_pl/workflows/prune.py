@@ -187,6 +187,7 @@ def prune(
         parameters=parameters,
         devices=trainer.world_size,
         groups=record.groups,
+        scales=record.scales,
     )
     run.update(status="finished")
     if samples and module.offload == "disk":
