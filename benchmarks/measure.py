@@ -66,7 +66,7 @@ def load(name: str, dtype: str) -> Any:
         hidden_size=hidden,
         intermediate_size=hidden * 11 // 4,
         num_attention_heads=heads,
-        num_key_value_heads=max(heads // 8, 2),
+        num_key_value_heads=next(k for k in range(max(heads // 8, 2), 0, -1) if heads % k == 0),
         vocab_size=int(match[3] or 32000),
         max_position_embeddings=4096,
         initializer_range=hidden**-0.5,  # so that every layer changes the stream by a fair share

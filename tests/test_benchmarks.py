@@ -56,6 +56,13 @@ def test_naive_statistics_are_ours(family: str):
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("hidden, heads, kv_heads", [(32, 4, 2), (576, 9, 1), (2048, 32, 4)])
+def test_random_models_can_run(hidden: int, heads: int, kv_heads: int):
+    model = measure.load(f"random:1x{hidden}x97", "float32")
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (heads, kv_heads)
+    assert bool(model(torch.tensor([[5, 6, 7]])).logits.isfinite().all())
+
+
 def test_costs_of_a_small_run():
     """Passes by hand, of six layers and two batches of two windows."""
     dense, data = tiny_model(layers=6), tiny_data()
