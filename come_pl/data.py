@@ -241,9 +241,12 @@ class DistillationData(_WindowModule):
         else:
             ids = draw(self.source, cutter, "distillation", held + train, seed)
             if len(ids) < held + train:
-                held = min(held, len(ids) // 8 or 1)
-                warnings.warn(short(self.source, len(ids) - held, train, self.seqlen), stacklevel=2)
-            self.windows = cutter.windows(ids[held:], None, self.source)
+                asked, held = held, min(held, max(len(ids) - train, len(ids) // 8, 1))
+                if len(ids) - held < train:
+                    warnings.warn(short(self.source, len(ids) - held, train, self.seqlen), stacklevel=2)
+                if held < asked:
+                    warnings.warn(short(f"{self.source}, for validation,", held, asked, self.seqlen), stacklevel=2)
+            self.windows = cutter.windows(ids[held : held + train], None, self.source)
         self.validation = cutter.windows(ids[:held], None, self.source)
         self._attached = (tokenizer, bos, seed)
 

@@ -309,9 +309,13 @@ def test_validation_is_never_trained_on(streaming: bool, counting: str, tokenize
 
 def test_short_source_is_shared_out(counting: str, tokenizer: PreTrainedTokenizerFast):
     data = DistillationData(counting, tokens=4000, seqlen=100, validation_tokens=1000)
-    with pytest.warns(UserWarning, match="only 18 of the 40 windows"):
+    with pytest.warns(UserWarning, match="only 18 of the 40 windows"), pytest.warns(UserWarning, match="validation"):
         data.attach(tokenizer, bos=False, seed=0)
     assert len(data.windows or ()) == 18 and len(data.validation or ()) == 2
+    enough = DistillationData(counting, tokens=1200, seqlen=100, validation_tokens=1000)
+    with pytest.warns(UserWarning, match="for validation, gives only 8 of the 10 windows"):
+        enough.attach(tokenizer, bos=False, seed=0)
+    assert len(enough.windows or ()) == 12 and len(enough.validation or ()) == 8  # what was asked for to train on
     single = DistillationData(counting, tokens=2000, seqlen=2000, validation_tokens=2000)
     with pytest.raises(DataError, match="too short"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
