@@ -96,6 +96,12 @@ def stored(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if hasattr(p, "stored")]
 
 
+def take_back(parameter: nn.Parameter) -> None:
+    """Bring a stored parameter in, to stay."""
+    parameter.stored.acquire(parameter)  # type: ignore[attr-defined]
+    del parameter.stored  # type: ignore[attr-defined]
+
+
 @contextlib.contextmanager
 def present(*things: nn.Module | Tensor) -> Iterator[None]:
     """Within it parameters, and all those of modules, are in memory.

@@ -100,6 +100,21 @@ def test_a_run_reaches_its_target_and_can_be_replayed(tmp_path: Path, method: Co
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
 
 
+def test_dense_layers_that_nobody_needs_leave_memory_and_come_back(tmp_path: Path) -> None:
+    dense, held = tiny_model(layers=LAYERS), []
+
+    def look(module: PruningModule) -> None:
+        ours = {id(p) for p in module.student_model.parameters()}
+        matrices = [p for p in module.teacher.layers.parameters() if p.dim() == 2]
+        held.append([p.untyped_storage().nbytes() == p.nbytes for p in matrices])
+        assert held[-1] == [id(p) in ours for p in matrices]
+
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+    prune(tmp_path, model=dense, after_step=look)
+    assert not all(held[0]) and sum(held[2]) < sum(held[0])
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+
+
 @pytest.mark.parametrize("method", [CoMe(merge_item=3), CoMeP(granularity=4), CoMe(skip_method="sleb")])
 def test_the_cache_changes_nothing(tmp_path: Path, method: CoMe):
     """Invariant 7, as far as the written record."""

@@ -53,6 +53,8 @@ class ProgressivePruning(Callback):
         decision = self.method(pl_module, statistics, record, remove=record.layers - self.target_layers)
         step = decision.step
         pl_module.do(step, decision.layer)
+        if self.method.spares_teacher and not self.refit.on:
+            pl_module.retire()
         record.append(step)
         self.refit.after(pl_module, step, record, last=record.layers <= self.target_layers)
         pl_module.needs = self.method.needs_for(record) | self.refit.needs
@@ -69,6 +71,13 @@ class ProgressivePruning(Callback):
         wanted = trainer.max_steps
         if record.layers <= self.target_layers or (wanted is not None and 0 <= wanted <= self.steps_done):
             trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, PruningModule)
+        pl_module.recall()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
 
 
 def log_step(trainer: Trainer, step: Step) -> None:

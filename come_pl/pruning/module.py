@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from come_pl import record as records
 from come_pl.decoder import Decoder, attention_mask
-from come_pl.offload import Offload, aside
+from come_pl.offload import Offload, Store, aside, matrices, take_back, watch
 from come_pl.pruning.streams import Block, Cache, FileBlock, Streams
 from come_pl.record import Record, Step
 from come_pl.surgery import share
@@ -85,15 +85,17 @@ class PruningModule(LightningModule):
         """Give the module its dense model, the record to go on from, and what its method needs measured.
 
         Args:
-            scratch: folder for streams on disk; emptied. By default a temporary one.
+            scratch: folder for what is on disk; emptied. By default a temporary one.
         """
+        files = Scratch(scratch)
         self.teacher_model, self.record = model.requires_grad_(False), record
         self.student_model = records.replay(record, model) if record.steps else share(model)
         self.teacher, self.student = Decoder(self.teacher_model), Decoder(self.student_model)
         self.needs, self.span = frozenset(needs), span
         self.start = 0  # lowest layer that the next pass runs
         self.batches: list[dict[str, Any]] = []
-        self._streams = Streams(self.cache_gib, Scratch(scratch))
+        self._streams = Streams(self.cache_gib, files)
+        self._store, self._retired = Store(files), list[nn.Parameter]()  # of dense layers that nobody needs
         self._states: list[Block | None] = []  # of each batch
         self.valid = 0  # highest boundary of `_states` that is the student's as it is
         self._teacher_states: dict[int, Block] = {}  # the same of the teacher, once something asks for them
@@ -248,6 +250,23 @@ class PruningModule(LightningModule):
         records.apply(step, self.student, layer)
         lowest = min([*step.layers, *step.layers_with_weights])
         self.changed_from(-1 if step.scale is not None else lowest)  # a scale changes the embeddings too
+
+    def retire(self) -> None:
+        """Write the matrices of dense layers that the student has no more to files, and let go of them."""
+        shared = {id(p) for p in self.student_model.parameters()}
+        for layer in self.teacher.layers:
+            gone = [p for p in matrices(layer) if id(p) not in shared and not hasattr(p, "stored")]
+            if gone and len(gone) == len(matrices(layer)):
+                watch([layer])
+                for parameter in gone:
+                    self._store.put(parameter)
+                self._retired += gone
+
+    def recall(self) -> None:
+        """Make the dense model whole again."""
+        for parameter in self._retired:
+            take_back(parameter)
+        self._retired.clear()
 
     def changed_from(self, lowest: int) -> None:
         """The next pass starts at layer `lowest`: the student is another from there on."""

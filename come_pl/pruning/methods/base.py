@@ -34,11 +34,14 @@ class Method(ABC):
             (the last two come together) and `streams` (nothing but the streams that `module.loss` and `module.stream`
             start from); empty for a method that looks at weights only.
         progressive: whether its first steps are the same whatever depth it goes on to.
+        spares_teacher: whether it decides from the student alone, so that dense layers that are gone from the student
+            need not stay in memory.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     span = 2  # layers that a span distance covers
     progressive = False
+    spares_teacher = False
 
     def needs_for(self, record: Record) -> frozenset[str]:
         """What the next step needs of `needs`; without any no pass is run."""

@@ -151,6 +151,7 @@ class CoMe(Method):
         self.p, self.rho, self.norm, self.merge_item, self.wo_repeat = p, rho, norm, merge_item, wo_repeat
         self.skip_method, self.span_tokens = skip_method, span_tokens
         self.span, self.select, self.progressive = merge_item, select, merge_item == 2
+        self.spares_teacher = select not in ("local", "loss")
         self.selector = Selector(loss=select == "loss", norm=norm)
 
     def __call__(

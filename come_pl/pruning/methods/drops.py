@@ -49,6 +49,7 @@ class Drop(Method):
 
     span = 1
     progressive = True
+    spares_teacher = True
 
     def __init__(self, compensate: Compensation = "none"):
         self.compensate = compensate
