@@ -73,6 +73,7 @@ def main() -> None:
                 task = read_task(text)
                 mine, other = found[task.name]["model"], theirs(model, task, arguments, Path(scratch) / task.name)
                 score, error = (other.get(f"{mine['metric']}{part},none") for part in ("", "_stderr"))
+                error = error if isinstance(error, float) else None  # "N/A" where it has none
                 row = [Path(model).name, task.name, task.shots, mine["samples"], mine["metric"], mine["score"], score]
                 row += [mine["stderr"], error, mine["score"] == score and mine["stderr"] == error]
                 rows.append(dict(zip(COLUMNS, row, strict=True)))
