@@ -123,6 +123,7 @@ class DistillationModule(LightningModule):
         self.explode = explode
         self.activation_checkpointing = False
         self.strict_loading = False  # a checkpoint holds what is trained, nothing else
+        self.scales: Sequence[float] | None = None  # see `attach`
         self.latest: dict[str, float] = {}  # the last step's losses by name
         self._means: dict[str, float] = {}
 
