@@ -26,6 +26,7 @@ from come_pl.decoder import Decoder, Family, family_of
 from come_pl.pruning.loop import ProgressivePruning
 from come_pl.pruning.methods.base import Method
 from come_pl.pruning.module import PruningModule
+from come_pl.pruning.streams import Block
 from come_pl.record import Meter, Record, Step
 from come_pl.windows import TokenWindows
 
@@ -177,7 +178,7 @@ def statistics_pass(method: Method, model: Any, data: CalibrationData, repeats: 
         for input_ids in ids:
             decoder.run(input_ids)
 
-    states: list[Tensor | None] = [None] * len(ids)
+    states: list[Block | None] = [None] * len(ids)
     whole = [torch.ones_like(i, dtype=torch.bool) for i in ids]
     windows: list[dict[str, Any]] = [{"input_ids": i, "mask": m, "attention": None} for i, m in zip(ids, whole)]
     work: Callable[[], None] = ours_once if ours else naive_once

@@ -14,8 +14,6 @@ run that fails is told and left out; the exit code is then 1.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import subprocess
 import sys
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from come_pl.record import write_atomically
+from come_pl.workflows.tables import markdown, write_csv, write_json
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("mp", "sp", "kd", "lora", "lm", "hybrid")
@@ -75,22 +74,16 @@ def row(start: str, method: str, info: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]], title: str) -> str:
-    lines = [f"## {title}", "", "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(str(v) for v in r.values()) + " |" for r in rows), ""])
+    return f"## {title}\n\n" + markdown(list(rows[0]), [list(r.values()) for r in rows])
 
 
 def write(output: Path, results: dict[str, list[dict[str, Any]]]) -> None:
-    output.mkdir(parents=True, exist_ok=True)
     found = {title: rows for title, rows in results.items() if rows}
-    write_atomically(output / "recover.json", json.dumps(found, indent=2) + "\n")
+    write_json(output / "recover.json", found)
     text = "\n".join(table(rows, title) for title, rows in found.items())
     write_atomically(output / "recover.md", "# Recovery of a pruned model\n\n" + text)
     rows = [{"table": title} | r for title, rows in found.items() for r in rows]
-    lines = io.StringIO()
-    writer = csv.DictWriter(lines, rows[0] if rows else ["table"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(output / "recover.csv", lines.getvalue())
+    write_csv(output / "recover.csv", list(rows[0]), rows)
 
 
 def read(words: list[str] | None = None) -> argparse.Namespace:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from come_pl.evaluation.zeroshot import TASKS, TaskName, read_task
+from come_pl.models import locate
 from come_pl.workflows.tables import markdown, write_csv
 
 COLUMNS = ["model", "task", "shots", "questions", "metric", "come_eval", "lm_eval", "stderr", "lm_eval_stderr", "equal"]
@@ -38,7 +39,7 @@ def ours(model: str, arguments: argparse.Namespace, folder: Path) -> dict[str, A
 def theirs(model: str, task: TaskName, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What lm-eval's command line writes of a task."""
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--tasks", task.name, "--output_path", str(folder)]
-    command += ["--model_args", f"pretrained={checkpoint(model)},dtype={arguments.dtype}"]
+    command += ["--model_args", f"pretrained={locate(model).path},dtype={arguments.dtype}"]
     command += ["--num_fewshot", str(task.shots), "--device", arguments.device]
     command += ["--batch_size", str(arguments.batch_size)]
     command += ["--include_path", arguments.include_path] if arguments.include_path else []
@@ -47,11 +48,6 @@ def theirs(model: str, task: TaskName, arguments: argparse.Namespace, folder: Pa
     file = max(folder.rglob("results*.json"), key=lambda found: found.stat().st_mtime_ns)
     found = json.loads(file.read_text())
     return found["results"].get(task.name) or found["groups"][task.name]
-
-
-def checkpoint(model: str) -> Path:
-    """The folder that a plain loader takes: `model/` of a run folder."""
-    return Path(model) / "model" if (Path(model) / "run.json").is_file() else Path(model)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -53,6 +53,34 @@ def boundaries(decoder: Decoder, start: int = 0, into: Any = None) -> Iterator[A
         found[len(layers)] = stream_from(output)
 
     handles.append(layers[-1].register_forward_hook(after))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def streams(decoder: Decoder, wanted: Collection[int]) -> Iterator[dict[int, Tensor]]:
+    """Collects the stream (batch, seq, hidden) at the wanted boundaries only, in the forward run inside.
+
+    Boundary b is taken where layer b − 1 gives it, so a forward that stops there has it too.
+    """
+    found: dict[int, Tensor] = {}
+    handles = []
+    for boundary in wanted:
+        if boundary == 0:
+
+            def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+                found[0] = _stream_of(args, kwargs)
+
+            handles.append(decoder.layers[0].register_forward_pre_hook(before, with_kwargs=True))
+        else:
+
+            def after(module: nn.Module, args: tuple, output: Any, boundary: int = boundary) -> None:
+                found[boundary] = stream_from(output)
+
+            handles.append(decoder.layers[boundary - 1].register_forward_hook(after))
     try:
         yield found
     finally:

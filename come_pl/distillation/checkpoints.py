@@ -126,6 +126,8 @@ class KeepBest(Callback):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             partial = self.file.with_name(f".{self.file.name}.partial")
             save_file(state, partial, {"step": str(self.step), "val_loss": repr(loss)})
+            with open(partial, "rb") as opened:
+                os.fsync(opened.fileno())
             os.replace(partial, self.file)
 
     def weights(self) -> dict[str, torch.Tensor]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from come_pl.decoder import attention_mask
 from come_pl.distillation.losses import StateLoss, logit_divergence, state_loss
-from come_pl.distillation.module import DistillationModule, streams
+from come_pl.distillation.module import DistillationModule
 from come_pl.distillation.rates import Rates, cosine
+from come_pl.taps import streams
 
 
 class CoMeMP(DistillationModule):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from come_pl.decoder import Decoder, attention_mask
 from come_pl.distillation.rates import Rates, cosine, learning_rates
 from come_pl.offload import move
-from come_pl.taps import stream_from
+from come_pl.taps import streams
 
 Trainable = Literal["merged", "layers", "all"]
 OTHERS = "others"  # the parameter group of layers that were not merged
@@ -40,34 +39,6 @@ class _Checkpointed(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return checkpoint(self.layer, *args, use_reentrant=False, **kwargs)
-
-
-@contextlib.contextmanager
-def streams(decoder: Decoder, wanted: Collection[int]) -> Iterator[dict[int, Tensor]]:
-    """Collects the stream (batch, seq, hidden) at the wanted boundaries only, in the forward run inside.
-
-    Boundary b is taken where layer b − 1 gives it, so a forward that stops there has it too.
-    """
-    found: dict[int, Tensor] = {}
-    handles = []
-    for boundary in wanted:
-        if boundary == 0:
-
-            def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-                found[0] = args[0] if args else kwargs["hidden_states"]
-
-            handles.append(decoder.layers[0].register_forward_pre_hook(before, with_kwargs=True))
-        else:
-
-            def after(module: nn.Module, args: tuple, output: Any, boundary: int = boundary) -> None:
-                found[boundary] = stream_from(output)
-
-            handles.append(decoder.layers[boundary - 1].register_forward_hook(after))
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _let_go(decoder: Decoder, stop: int | None) -> None:

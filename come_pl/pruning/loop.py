@@ -15,6 +15,11 @@ from come_pl.pruning.refit import Refit
 from come_pl.record import Meter, Record, Step
 
 
+def retires(method: Method, refit: Refit) -> bool:
+    """Whether dense layers that are gone from the student go to files until the run ends: nothing reads them."""
+    return method.spares_teacher and not refit.on
+
+
 class ProgressivePruning(Callback):
     """Ends each epoch with one step, writes the record, and stops the fit at the target depth.
 
@@ -53,7 +58,7 @@ class ProgressivePruning(Callback):
         decision = self.method(pl_module, statistics, record, remove=record.layers - self.target_layers)
         step = decision.step
         pl_module.do(step, decision.layer)
-        if self.method.spares_teacher and not self.refit.on:
+        if retires(self.method, self.refit):
             pl_module.retire()
         record.append(step)
         self.refit.after(pl_module, step, record, last=record.layers <= self.target_layers)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from come_pl import record as records
 from come_pl.decoder import Decoder, attention_mask
-from come_pl.offload import Offload, Store, aside, matrices, take_back, watch
+from come_pl.offload import Offload, Store, aside, matrices, take_back
 from come_pl.pruning.streams import Block, Cache, FileBlock, Streams
 from come_pl.record import Record, Step
 from come_pl.surgery import share
@@ -252,12 +252,12 @@ class PruningModule(LightningModule):
         self.changed_from(-1 if step.scale is not None else lowest)  # a scale changes the embeddings too
 
     def retire(self) -> None:
-        """Write the matrices of dense layers that the student has no more to files, and let go of them."""
+        """Write the matrices of dense layers that the student has no more to files, and let go of them. Until `recall`
+        the dense model does not run."""
         shared = {id(p) for p in self.student_model.parameters()}
         for layer in self.teacher.layers:
             gone = [p for p in matrices(layer) if id(p) not in shared and not hasattr(p, "stored")]
             if gone and len(gone) == len(matrices(layer)):
-                watch([layer])
                 for parameter in gone:
                     self._store.put(parameter)
                 self._retired += gone

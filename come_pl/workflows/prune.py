@@ -18,7 +18,7 @@ from come_pl import models
 from come_pl.data import CalibrationData
 from come_pl.decoder import Decoder, family_of
 from come_pl.offload import move
-from come_pl.pruning.loop import ProgressivePruning, PruningBar, log_step
+from come_pl.pruning.loop import ProgressivePruning, PruningBar, log_step, retires
 from come_pl.pruning.methods import find
 from come_pl.pruning.module import PruningModule
 from come_pl.pruning.refit import Refit
@@ -96,7 +96,7 @@ def prune(
     size = next(model.parameters()).element_size()
     bytes_left = models.parameter_count(model) * size
     needed = 1.1 * bytes_left * ((config.num_hidden_layers - target) if continue_saving else 1)
-    if module.offload == "disk":  # new layers, and compensated ones, at most all of them
+    if module.offload == "disk" or retires(chosen, refit):  # new layers, or dense ones: at most all
         needed += bytes_left
     if module.cache == "disk":  # streams of the dense model and of the pruned one
         needed += 2 * size * windows.input_ids.numel() * config.hidden_size * (config.num_hidden_layers + 1)
