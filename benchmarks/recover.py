@@ -3,12 +3,12 @@
     python -m benchmarks.recover --start plain refit --source FILE --evaluation FILE --tokens 262144 --seconds 600
     python -m benchmarks.recover --student RUN_FOLDER --methods mp kd -- --model.lr 1e-4
 
-`--start` prunes the model first, as `plain` CoMe and with its closed-form `refit`; without it all methods start from
-`--student`, or the newest pruned run. Writes OUTPUT/start-START/ and OUTPUT/START-METHOD-TOKENS/ (run folders), and
-after every run OUTPUT/recover.md, recover.csv and recover.json. A finished run is not run again, one that was cut off
-goes on, so the same command continues after a kill. With `--seconds S` a second table gives each method as many tokens
-as it trains on in S seconds at the speed that the first one measured. What follows `--` goes to every training run. A
-run that fails is told and left out; the exit code is then 1.
+`--start` prunes the model first, as `plain` CoMe and as prune.py does by default, with its `refit`; without it all
+methods start from `--student`, or the newest pruned run. Writes OUTPUT/start-START/ and OUTPUT/START-METHOD-TOKENS/ (run
+folders), and after every run OUTPUT/recover.md, recover.csv and recover.json. A finished run is not run again, one that
+was cut off goes on, so the same command continues after a kill. With `--seconds S` a second table gives each method as
+many tokens as it trains on in S seconds at the speed that the first one measured. What follows `--` goes to every
+training run. A run that fails is told and left out; the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from come_pl.workflows.tables import markdown, write_csv, write_json
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("mp", "sp", "kd", "lora", "lm", "hybrid")
-STARTS = {"plain": ["--refit", "none"], "refit": ["--refit", "down"]}
+STARTS = {"plain": ["--method", "come", "--refit", "none"], "refit": []}
 
 
 def call(script: str, *words: object) -> int:

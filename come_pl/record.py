@@ -162,6 +162,17 @@ class Record:
     def layers(self) -> int:
         return len(self.groups)
 
+    @property
+    def sources(self) -> list[int | None]:
+        """For each student layer, the teacher layer that it was before any repair; None where layers were mixed."""
+        found: list[int | None] = list(range(self.teacher_layers))
+        for step in self.steps:
+            first, last = step.layers[0], step.layers[-1]
+            whole = step.ratio is not None and step.kind == "merge" and 1.0 in step.ratio
+            kept = [found[first + (step.ratio or []).index(1.0)]] if whole else [None]
+            found[first : last + 1] = [] if step.kind == "drop" else kept
+        return found
+
     def scale_at(self, boundary: int) -> float:
         """What the student's stream at a boundary of the teacher was multiplied by: the product over compensated drops
         that begin there or above."""

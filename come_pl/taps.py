@@ -120,6 +120,10 @@ def stream_at(
     return found[0]
 
 
+class _Enough(Exception):
+    """What was looked for is found; the rest of the forward need not run."""
+
+
 def layer_run(
     decoder: Decoder,
     index: int,
@@ -132,10 +136,37 @@ def layer_run(
     """(output (batch, seq, hidden) of layer `index` on the stream `hidden`, input (batch, seq, channels) of its
     projection `path`); `layer` runs in its place."""
     found: dict[str, Tensor] = {}
+    _layer_run(decoder, index, path, input_ids, mask, hidden, layer, found)
+    return found["out"], found["x"]
+
+
+def projection_input(
+    decoder: Decoder, index: int, path: str, input_ids: Tensor, mask: Tensor | None, hidden: Tensor
+) -> Tensor:
+    """The input (batch, seq, channels) alone; what comes after it in the layer does not run."""
+    found: dict[str, Tensor] = {}
+    with contextlib.suppress(_Enough):
+        _layer_run(decoder, index, path, input_ids, mask, hidden, None, found, whole=False)
+    return found["x"]
+
+
+def _layer_run(
+    decoder: Decoder,
+    index: int,
+    path: str,
+    input_ids: Tensor,
+    mask: Tensor | None,
+    hidden: Tensor,
+    layer: nn.Module | None,
+    found: dict[str, Tensor],
+    whole: bool = True,
+) -> None:
     module = layer or decoder.layers[index]
 
     def before(module: nn.Module, args: tuple) -> None:
-        found["x"] = args[0]
+        found["x"] = args[0].reshape(*input_ids.shape, -1)
+        if not whole:
+            raise _Enough
 
     def after(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
         found["out"] = stream_from(output)
@@ -147,7 +178,6 @@ def layer_run(
     finally:
         for handle in handles:
             handle.remove()
-    return found["out"], found["x"].reshape(*input_ids.shape, -1)
 
 
 @contextlib.contextmanager

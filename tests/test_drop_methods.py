@@ -157,6 +157,27 @@ def test_sleb_is_naive_sleb_bit_for_bit(family: str, barriers: int, monkeypatch:
         assert module.loss() == pytest.approx(expected, rel=1e-5)
 
 
+def test_sleb_on_some_windows_looks_at_no_others():
+    """Its passes run on these alone, too, and the loss is that of a module that was given no others."""
+    dense, method = tiny_model("llama", layers=7), SLEB(windows=1)  # rounded up to a whole batch
+    module = measured(dense, method)
+    assert len(module.batches) > 1 and method.pass_windows == 1 and SLEB(windows=1, compensate="magnitude").always
+    module.pass_windows = 1
+    for _ in range(3):
+        layers = list(module.student.layers)
+        few = PruningModule(cache="none")
+        few.attach(rebuilt(dense, layers), Record(len(layers)), needs=frozenset())
+        one_pass(few)
+        del few.batches[1:], few._states[1:]
+        naive = [few.loss(skip=[j]) if 0 < j < len(layers) - 1 else math.inf for j in range(len(layers))]
+        for j in range(1, len(layers) - 1):
+            assert module.loss(j, skip=[j], windows=1) == naive[j] != module.loss(0, skip=[j])
+        assert steps(module, method, 1) == [naive.index(min(naive))]
+    assert SLEB(windows=1, compensate="magnitude").pass_windows is None
+    with pytest.raises(ValueError, match="windows 0"):
+        SLEB(windows=0)
+
+
 def test_barriers_that_leave_nothing():
     module = measured(tiny_model(layers=5), SLEB(barriers=2))
     with pytest.raises(NoSite, match="barriers 2 protect 4 layers, more than the 3"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from cli import ROOT, kill_when, records, run
+from cli import ROOT, exit_code, kill_when, records, run
 from conftest import save_tiny
 
 from come_pl.cli.common import normalise, scan
@@ -200,8 +200,8 @@ def refuse(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *argu
         (("--sparsity", 0.99), "would leave none"),
         (("--target_layers", 3, "--sparsity", 0.3), "give one"),
         (("--target_layers", 3, "--method", "comee"), "did you mean 'come'"),
-        (("--target_layers", 3, "--method.rho", 1.5), "rho 1.5"),
-        (("--target_layers", 3, "--method.merge_item", 1), "merge_item 1"),
+        (("--target_layers", 3, "--method", "come", "--method.rho", 1.5), "rho 1.5"),
+        (("--target_layers", 3, "--method", "come", "--method.merge_item", 1), "merge_item 1"),
         (("--target_layers", 3, "--method", "come", "--granularity", 5), "granularity"),
         (("--target_layers", 3, "--data.calibration", "no/such.txt"), "no/such.txt"),
         (("--target_layers", 3, "--data.tokens", 8, "--data.seqlen", 32), "tokens"),
@@ -276,12 +276,48 @@ def test_folder_of_another_run(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tiny: Path, text: Path, done: Path, tmp_path: Path
 ) -> None:
     before = weights(done)
-    line = refuse(capsys, monkeypatch, *basic(tiny, text, done), "--method.rho", 0.5)
-    assert "holds another run (method.rho is 0.9 there, 0.5 here)" in line
+    line = refuse(capsys, monkeypatch, *basic(tiny, text, done), "--method.compensate", "none")
+    assert "holds another run (method.compensate is 'magnitude' there, 'none' here)" in line
     assert weights(done) == before
     (tmp_path / "mine.txt").write_text("not to be touched")
     assert "not empty" in refuse(capsys, monkeypatch, *basic(tiny, text, tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("words", "method", "parts"),
+    [
+        ([], "prune_comp", "all"),
+        (["--preset", "paper"], "come", "none"),
+        (["--method", "prune_comp"], "prune_comp", "none"),
+        (["--method", "come"], "come", "down"),
+        (["--refit", "none"], "prune_comp", "none"),
+        (["--refit", "down"], "prune_comp", "down"),
+    ],
+)
+def test_what_runs_where_no_method_is_given(
+    tiny: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[object],
+    method: str,
+    parts: str,
+) -> None:
+    arguments = [*basic(tiny, text, tmp_path / "run"), *words, "--samples", "false"]
+    assert exit_code(prune_main, "prune.py", *arguments, monkeypatch=monkeypatch) == 0
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (info["method"]["name"], info["refit"]["parts"]) == (method, parts)
+
+
+def test_without_a_method_a_family_that_cannot_be_repaired_is_pruned(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_tiny(tmp_path / "gemma", family="gemma3", layers=5)
+    arguments = [*basic(model, text, tmp_path / "run"), "--samples", "false"]
+    assert exit_code(prune_main, "prune.py", *arguments, monkeypatch=monkeypatch) == 0
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (info["method"]["name"], info["refit"]["parts"]) == ("prune_comp", "none")
 
 
 def test_run_of_other_weights_is_not_gone_on_with(
@@ -393,7 +429,7 @@ def test_every_config_loads(config: Path, capsys: pytest.CaptureFixture, monkeyp
 
 
 def test_help_explains_every_option(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["prune.py", "--help"])
+    monkeypatch.setattr(sys, "argv", ["prune.py", "--method", "come", "--help"])
     with pytest.raises(SystemExit):
         prune_main()
     page = capsys.readouterr().out

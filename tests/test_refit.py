@@ -16,7 +16,7 @@ from come_pl.pruning.refit import Refit, check_family, token_weights
 from come_pl.pruning.regression import GRID, NormalEquations
 from come_pl.record import Record, Step, replay
 from come_pl.surgery import Kept
-from come_pl.taps import boundaries, layer_run, projection_inputs
+from come_pl.taps import boundaries, layer_run, projection_input, projection_inputs
 
 SOLVABLE = tuple(f for f in FAMILIES if f not in ("gemma2", "gemma3", "opt-350m"))
 
@@ -151,7 +151,7 @@ def test_a_refit_is_least_squares_towards_the_teacher(family: str, kind: str) ->
         and error[1] < 1
         and [e for i, e in enumerate(error) if i != 1] == [None] * 3
     )
-    strength = refit._guess
+    strength = refit._guess[path]
     if projection.bias is not None:
         x = torch.cat([x, torch.ones(len(x), 1)], 1)
     a, b = (w[:, None] * x).T @ x, (w[:, None] * x).T @ r
@@ -205,6 +205,113 @@ def test_the_cache_changes_nothing() -> None:
         torch.testing.assert_close(one, weights[1][name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", SOLVABLE)
+def test_what_a_layer_reads_is_led_back_by_least_squares(family: str) -> None:
+    """With `all`, query, key and value read x + Δ x: Δ is the ridge regression, written out, of what the dense layer's
+    norm gave more on what the student's norm gives."""
+    module, record, refit = ready(family, Step("drop", [1]), parts="all", when="end")
+    student, teacher = module.student, module.teacher
+    shape = student.family
+    module.reach(0)
+    refit._layer(module, record, 0, {}, [None] * 4)  # a layer above a repaired one
+    module.advance(0)
+    assert record.sources == [0, 2, 3, 4]
+    seen: dict[str, list[torch.Tensor]] = {"student": [], "teacher": []}
+    for name, decoder, index in (("student", student, 1), ("teacher", teacher, 2)):
+        handle = decoder.part(decoder.layers[index], shape.key).register_forward_pre_hook(
+            lambda m, args, name=name: seen[name].append(args[0])
+        )
+        with torch.no_grad():
+            for batch in module.batches:
+                decoder.run(batch["input_ids"], batch["attention"])
+        handle.remove()
+    masks = [batch["mask"] for batch in module.batches]
+    x, wanted = (
+        torch.cat([s[m].double() for s, m in zip(seen[n], masks, strict=True)]) for n in ("student", "teacher")
+    )
+    old = {p: student.part(student.layers[1], p).weight.detach().clone() for p in (shape.query, shape.key, shape.value)}
+    fit = refit.input_equations(module, 1, 2, shape.query).solve()
+    if fit is None:  # a tiny random model may have nothing to learn from
+        pytest.skip("no strength does better than no change")
+    ridge = fit.strength * x.square().mean(0).mean() * len(x) * torch.eye(x.shape[1], dtype=torch.float64)
+    change = torch.linalg.solve(x.T @ x + ridge, x.T @ (wanted - x)).T
+    torch.testing.assert_close(fit.change.double(), change, rtol=1e-3, atol=1e-5)
+    weights: dict[str, torch.Tensor] = {}
+    refit._reads(module, 1, 2, (shape.query, shape.key, shape.value), weights)
+    assert len(weights) == 3
+    for path, weight in old.items():
+        new = student.part(student.layers[1], path).weight
+        expected = weight.double() @ (torch.eye(x.shape[1], dtype=torch.float64) + change)
+        torch.testing.assert_close(new.double(), expected, rtol=1e-3, atol=1e-4)
+        assert torch.equal(teacher.part(teacher.layers[2], path).weight, weight), "the dense model was changed"
+
+
+def test_sources_follow_whole_layers() -> None:
+    kept = [Kept((0, 1), tuple(range(48))), Kept((), ())]
+    record = Record(6)
+    for step in (Step("drop", [0]), merge(2), Step("merge", [0, 1], [0.0, 1.0], kept[::-1], "dominant")):
+        record.append(step)
+    assert record.sources == [2, None, 5]
+
+
+@pytest.mark.parametrize("parts", ["down", "both", "all"])
+def test_at_the_end_is_a_sweep_over_an_unrepaired_student(parts: Any) -> None:
+    module, record, refit = ready("llama", Step("drop", [2]), parts=parts, when="end", folds=2)
+    second = Step("drop", [2])
+    refit.after(module, record.steps[0], record, last=False)
+    assert record.steps[0].weights is None and "refit_error" not in record.steps[0].scores
+    module.do(second)
+    record.append(second)
+    refit.after(module, second, record, last=True)
+    paths = {"down": {"mlp.down_proj"}, "both": {"mlp.down_proj", "self_attn.o_proj"}}
+    read = {f"self_attn.{p}_proj" for p in "qkv"} | {"mlp.gate_proj", "mlp.up_proj"}
+    assert second.weights and {int(n.partition(".")[0]) for n in second.weights} <= {1, 2}
+    found = {n.rpartition(".")[0].partition(".")[2] for n in second.weights}
+    assert found <= paths.get(parts, paths["both"] | read)
+    assert parts != "all" or found & read
+    rebuilt = replay(record, module.teacher_model)
+    for (name, one), other in zip(
+        module.student_model.state_dict().items(), rebuilt.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other), name
+
+
+def test_a_repair_at_the_end_takes_the_student_closer_to_the_dense_model() -> None:
+    module, record, refit = ready("llama", Step("drop", [2]), parts="all", when="end")
+
+    def apart() -> float:
+        with torch.no_grad():
+            return sum(
+                float((module.student.run(*a).float() - module.teacher.run(*a).float()).square().sum())
+                for a in ((b["input_ids"], b["attention"]) for b in module.batches)
+            )
+
+    before = apart()
+    refit.after(module, record.steps[0], record, last=True)
+    assert apart() < before
+
+
+def test_passes_over_some_windows_change_no_repair() -> None:
+    """A method that looks at few windows leaves the streams of the others behind; a repair at the end runs them."""
+    found = []
+    for few in (None, 4):
+        model, module = tiny_model("llama", layers=5), PruningModule(monitor=1)
+        record, refit = Record(5), Refit("all", "end")
+        module.attach(model, record, needs=frozenset({"streams"}))
+        module.pass_windows = few
+        ids = tiny_ids(windows=8, seq=12)
+        for step in (Step("drop", [3]), Step("drop", [1])):
+            for batch in range(2):
+                part = ids[4 * batch : 4 * batch + 4]
+                module.training_step({"input_ids": part, "mask": torch.ones_like(part, dtype=torch.bool)}, batch)
+            module.do(step)
+            record.append(step)
+            refit.after(module, step, record, last=record.layers == 3)
+        found.append(record.steps[-1].weights)
+    assert found[0] and found[0].keys() == found[1].keys()
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
 def test_token_weights_do_not_let_massive_activations_own_the_fit() -> None:
     target = torch.ones(1, 3, 4)
     target[0, 0] *= 100
@@ -225,6 +332,8 @@ def test_auto_is_down_for_come_where_that_can_be_solved() -> None:
     assert Refit().resolved("come", gemma).parts == "none"
     assert Refit().resolved("shortgpt", llama).parts == "none"
     assert Refit(sweep=1).resolved("shortgpt", llama).parts == "down"
+    assert Refit("all").resolved("shortgpt", llama).when == "end" and Refit().resolved("come", llama).when == "step"
+    assert Refit("all", "step").resolved("shortgpt", llama).when == "step"
     with pytest.raises(ValueError, match="not possible for gemma3"):
         Refit("down").resolved("come", gemma)
 
@@ -240,7 +349,9 @@ def test_layer_run_gives_the_layers_own_output_and_input() -> None:
         decoder.run(ids)
     with torch.no_grad():
         out, x = layer_run(decoder, 2, "mlp.down_proj", ids, None, found[2])
-    assert torch.equal(out, found[3]) and torch.equal(x, seen[0])
+        alone = projection_input(decoder, 2, "mlp.down_proj", ids, None, found[2])
+    assert torch.equal(out, found[3]) and torch.equal(x, seen[0]) and torch.equal(alone, x)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in decoder.layers.modules())
 
 
 @pytest.mark.parametrize(

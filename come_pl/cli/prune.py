@@ -36,6 +36,7 @@ ALIASES = {  # the official toolkit's flags, and short names, by what they are h
     "--cache": "--model.cache",
     "--cache_gib": "--model.cache_gib",
     "--refit": "--refit.parts",
+    "--refit_when": "--refit.when",
     "--sweep": "--refit.sweep",
     "--select": "--method.select",
     "--ppl_data": "--evaluation.data",
@@ -70,7 +71,7 @@ def _prune() -> None:
     from come_pl.data import CalibrationData
     from come_pl.pruning.loop import PruningDDP
     from come_pl.pruning.methods import ALIASES as METHOD_ALIASES
-    from come_pl.pruning.methods import METHODS, find
+    from come_pl.pruning.methods import DEFAULT, METHODS, find
     from come_pl.pruning.module import PruningModule
     from come_pl.pruning.refit import Refit
     from come_pl.workflows.prune import prune
@@ -78,9 +79,9 @@ def _prune() -> None:
 
     # in place: Lightning starts further processes with the same sys.argv
     sys.argv[1:] = normalise(sys.argv[1:], ALIASES, SWITCHES, LISTS)
-    asked = scan(sys.argv[1:], "method", "come")
-    name, method_class = find(asked)
     given = [word.partition("=")[2] for word in sys.argv[1:] if word.startswith("--preset=")]
+    asked = scan(sys.argv[1:], "method", "") or ("come" if given[-1:] == ["paper"] else "")
+    name, method_class = find(asked or DEFAULT)
     preset = given[-1] if given else "paper" if asked in METHOD_ALIASES else "best"
     StrategyRegistry.register("pruning_ddp", PruningDDP, override=True)
 
@@ -107,7 +108,8 @@ def _prune() -> None:
                 "--method.name",
                 type=str,
                 default=name,
-                help=f"Pruning method: {', '.join(METHODS)} (aliases: {', '.join(METHOD_ALIASES)}).",
+                help=f"Pruning method: {', '.join(METHODS)} (aliases: {', '.join(METHOD_ALIASES)}). Without one: "
+                f"{DEFAULT} with --refit all, what measured best; come with --preset paper.",
             )
             known = parser.add_class_arguments(method_class, "method", instantiate=False)
             refuse_unknown(sys.argv[1:], name, known)
@@ -160,7 +162,7 @@ def _prune() -> None:
         cli.model,
         cli.datamodule,
         cli.trainer,
-        method=name,
+        method=name if asked else None,
         options=options,
         refit=cli.config_init.refit,
         target_layers=config.target_layers,

@@ -45,6 +45,7 @@ class ProgressivePruning(Callback):
         assert isinstance(pl_module, PruningModule)
         self.meter = Meter(pl_module.device)
         pl_module.needs = self.method.needs_for(pl_module.record) | self.refit.needs
+        pl_module.pass_windows = None if self.refit.needs else self.method.pass_windows
         pl_module.statistics.to(pl_module.device)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -74,6 +74,7 @@ class PruningModule(LightningModule):
         self.offload: Offload = offload
         self.cache_gib = 0.0 if cache == "disk" else math.inf if cache_gib is None else cache_gib
         self.needs: frozenset[str] = frozenset()
+        self.pass_windows: int | None = None  # windows that the next passes run on; all without it
         self.span = 2
 
     def configure_optimizers(self) -> None:
@@ -101,7 +102,7 @@ class PruningModule(LightningModule):
         self._teacher_states: dict[int, Block] = {}  # the same of the teacher, once something asks for them
         self._teacher_final: dict[int, Tensor] = {}
         self._ahead: set[int] = set()  # batches that the next pass need not run: monitoring measured them
-        self._targets: float | None = None  # predicted tokens of all processes
+        self._targets: dict[int | None, float] = {}  # predicted tokens of all processes, by number of windows
         self.statistics = self._fresh_statistics()
 
     def _fresh_statistics(self) -> LayerStatistics:
@@ -125,6 +126,8 @@ class PruningModule(LightningModule):
                 if batch_idx in self.first_batches(self.monitor_windows):
                     self._teacher_final[batch_idx] = self.teacher.run(*_inputs(self.batches[batch_idx]))
             if not self.needs:  # a method that looks at weights only
+                return
+            if self.pass_windows is not None and batch_idx not in self.first_batches(self.pass_windows):
                 return
             if batch_idx not in self._ahead:
                 self._measure(batch_idx)
@@ -208,6 +211,7 @@ class PruningModule(LightningModule):
         skip: Collection[int] = (),
         swap: Mapping[int, nn.Module] | None = None,
         bound: float = math.inf,
+        windows: int | None = None,
     ) -> float:
         """Calibration loss (nats a token) of the student with layers skipped or swapped.
 
@@ -215,11 +219,13 @@ class PruningModule(LightningModule):
             start: lowest layer that differs from the student; layers below are not run.
             bound: a loss already found; infinity is returned for one above it, as soon as that is sure. One that
                 equals it is returned: which of equals wins is the caller's to say.
+            windows: only the first so many of all processes, rounded up to whole batches.
         """
-        targets = self.targets()
+        targets = self.targets(windows)
         # (nats, processes that gave up), on the device: only a bound makes the host wait for each batch
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for index, batch in enumerate(self.batches):
+        for index in self.first_batches(windows):
+            batch = self.batches[index]
             hidden = self._forward(index, start, skip=skip, swap=swap)
             total[0] += token_losses(self.student, hidden, batch["input_ids"], batch["mask"]).sum(dtype=torch.float64)
             # a quotient, as what is returned: bound * targets may round to below the sum that made the bound
@@ -229,12 +235,13 @@ class PruningModule(LightningModule):
         nats, gave_up = self.sum(total).tolist()
         return math.inf if gave_up or nats / targets > bound else nats / targets
 
-    def targets(self) -> float:
-        """Predicted tokens of the calibration windows of all processes, at least 1."""
-        if self._targets is None:
-            counts = [targets_of(batch["mask"]).sum(dtype=torch.float64) for batch in self.batches]
-            self._targets = max(float(self.sum(torch.stack(counts).sum())), 1.0)
-        return self._targets
+    def targets(self, windows: int | None = None) -> float:
+        """Predicted tokens of the calibration windows, or the first so many, of all processes; at least 1."""
+        if windows not in self._targets:
+            batches = [self.batches[index] for index in self.first_batches(windows)]
+            counts = [targets_of(batch["mask"]).sum(dtype=torch.float64) for batch in batches]
+            self._targets[windows] = max(float(self.sum(torch.stack(counts).sum())), 1.0)
+        return self._targets[windows]
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over processes, on the CPU."""
@@ -274,6 +281,22 @@ class PruningModule(LightningModule):
         self.valid = min(self.valid, lowest)
         self.start = 0 if self.cache == "none" else max(self.valid, 0)  # lower, if no pass followed the step before
         self.statistics = self.statistics.carry(len(self.student), self.start)
+
+    @torch.inference_mode()
+    def reach(self, boundary: int) -> None:
+        """Make the student's streams of all windows valid up to a boundary."""
+        if self.cache == "none":
+            return
+        if self.pass_windows is not None or None in self._states:  # some never ran, or not since the last step
+            self.valid, self.pass_windows = -1, None
+        if self.valid < 0:
+            for index, batch in enumerate(self.batches):
+                store = self._states[index] = self._states[index] or self._block(self.student, batch)
+                assert store is not None
+                store[0] = stream_at(self.student, 0, *_inputs(batch))
+            self.valid = 0
+        for layer in range(self.valid, boundary):
+            self.advance(layer)
 
     @torch.inference_mode()
     def advance(self, layer: int) -> None:

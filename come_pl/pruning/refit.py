@@ -10,12 +10,20 @@ T is the teacher's stream, out the layer's own output with W, x the projection's
 activations (tokens whose stream is hundreds of times larger, the first above all) from owning the fit. λ is chosen on
 calibration windows that the fit has not seen, and a fit that does no better there than no change is not used.
 
+`--refit all` also repairs what a layer reads. The layers above the first change get another stream than they were made
+for; what their norms give is led back towards what the dense layer's norms gave there, by a map M = I + Δ, folded into
+the projections that read it (query, key, value; gate and up): W ← W M, from the same kind of regression.
+
+`--refit_when step` repairs after each step, so that the next one is chosen on a repaired student; `end` once at the
+target depth, from the lowest changed layer upward, each layer on the stream that the repaired ones below give.
+
 Not from a paper: ReplaceMe (arXiv 2505.02819) solves for a matrix after the MLP of the layer before a cut; this is
 the same idea for any projection of any group, with the student's own input and unseen windows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -25,12 +33,13 @@ from come_pl.decoder import Family
 from come_pl.pruning.regression import Fit, NormalEquations
 from come_pl.record import Record, Step
 from come_pl.surgery import set_weights
-from come_pl.taps import layer_run
+from come_pl.taps import layer_run, projection_input
 
 if TYPE_CHECKING:
     from come_pl.pruning.module import PruningModule
 
-Parts = Literal["auto", "none", "down", "both"]
+Parts = Literal["auto", "none", "down", "both", "all"]
+When = Literal["auto", "step", "end"]
 Weighting = Literal["inverse", "uniform"]
 
 
@@ -55,45 +64,70 @@ class Refit:
     """Closed-form repair after a step, and sweeps over all later layers at the end.
 
     Args:
-        parts: Output projections that are solved for: none, down (of the MLP), both (attention's first), or auto: down
-            for CoMe as it is by default here, none for any other method and with --preset paper.
-        sweep: Passes of refits over every layer from the lowest changed one up, once the target depth is reached.
+        parts: What is solved for: none, down (the MLP's output projection), both (the attention's before it), all (what
+            the layers above the first change read, too), or auto: all where no method is given, down for CoMe as it is
+            by default here, none for any other method and with --preset paper.
+        when: step: after each step. end: once, at the target depth, every layer from the lowest changed one up. auto:
+            step for CoMe, whose choices are made on repaired layers, end for any other method.
+        sweep: Passes of refits over every layer from the lowest changed one up, once the target depth is reached; at
+            least one with `when: end`.
         weighting: What a token counts for: inverse (of the mean square of its target), or uniform.
         folds: Parts that calibration windows are dealt into; the strength of the ridge is chosen on unseen ones.
     """
 
-    def __init__(self, parts: Parts = "auto", sweep: int = 0, weighting: Weighting = "inverse", folds: int = 4):
+    def __init__(
+        self,
+        parts: Parts = "auto",
+        when: When = "auto",
+        sweep: int = 0,
+        weighting: Weighting = "inverse",
+        folds: int = 4,
+    ):
         if sweep < 0:
             raise ValueError(f"sweep {sweep}: the number of passes is not negative")
         if sweep and parts == "none":
-            raise ValueError(f"sweep {sweep} needs --refit down or --refit both: a sweep is made of refits")
+            raise ValueError(f"sweep {sweep} needs --refit down, both or all: a sweep is made of refits")
         if folds < 2:
             raise ValueError(f"folds {folds}: a strength chosen on unseen windows needs at least 2")
-        self.parts, self.sweep, self.weighting, self.folds = parts, sweep, weighting, folds
-        self._guess = 0.1
+        self.parts, self.when, self.sweep, self.weighting, self.folds = parts, when, sweep, weighting, folds
+        self._guess: dict[str, float] = {}
 
-    def resolved(self, method: str, family: Family) -> Refit:
-        """What `auto` means for a method and a family; sweeps alone ask for refits."""
-        parts = self.parts
+    def resolved(self, method: str, family: Family, default: bool = False) -> Refit:
+        """What `auto` means for a method and a family; sweeps alone ask for refits.
+
+        Args:
+            default: nobody asked for this method, so the repair is the best one too, where the family has any.
+        """
+        parts, when = self.parts, self.when
+        if parts == "auto" and default:
+            parts = "all" if family.linear_outputs else "none"
         if parts == "auto":
             parts = "down" if (method == "come" or self.sweep) and family.linear_outputs else "none"
         if parts != "none":
             check_family(family)
-        return Refit(parts, self.sweep, self.weighting, self.folds)
+        if when == "auto":
+            when = "step" if method == "come" else "end"
+        return Refit(parts, when, self.sweep, self.weighting, self.folds)
 
     @property
     def on(self) -> bool:
-        return self.parts in ("down", "both")
+        return self.parts in ("down", "both", "all")
+
+    @property
+    def sweeps(self) -> int:
+        """Passes over the layers at the target depth."""
+        return max(self.sweep, int(self.when == "end")) if self.on else 0
 
     @property
     def settings(self) -> dict[str, Any]:
         """For the run's identity and its `run.json`."""
-        return {"parts": self.parts, "sweep": self.sweep, "weighting": self.weighting, "folds": self.folds}
+        names = ("parts", "when", "sweep", "weighting", "folds")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the calibration pass keeps for it."""
-        return frozenset({"streams"} if self.on else ())
+        """What the calibration pass before a step keeps for it."""
+        return frozenset({"streams"} if self.on and self.when != "end" else ())
 
     def after(self, module: PruningModule, step: Step, record: Record, last: bool) -> None:
         """Refit what a step (already done to the student and in the record) left behind; adds to its weights.
@@ -101,16 +135,19 @@ class Refit:
         Args:
             last: the target depth is reached, so that sweeps follow.
         """
-        if not self.on:
+        if not self.on or (self.when == "end" and not last):
             return
-        index = max(step.layers[0] - (step.kind == "drop"), 0)
+        self._guess.clear()  # a run that was taken up again must find the same
         errors: list[float | None] = [None] * len(module.student)
         weights = dict(step.weights or {})
-        self._layer(module, record, index, weights, errors)
-        module.changed_from(min(index, module.valid))
+        if self.when != "end":
+            index = max(step.layers[0] - (step.kind == "drop"), 0)
+            self._layer(module, record, index, weights, errors)
+            module.changed_from(min(index, module.valid))
         if last:
             lowest = next(i for i, group in enumerate(record.groups) if len(group) > 1)
-            for _ in range(self.sweep):
+            for _ in range(self.sweeps):
+                module.reach(lowest)
                 for layer in range(lowest, len(module.student)):
                     self._layer(module, record, layer, weights, errors)
                     module.advance(layer)
@@ -121,24 +158,81 @@ class Refit:
     def _layer(
         self, module: PruningModule, record: Record, index: int, weights: dict[str, Tensor], errors: list[float | None]
     ) -> None:
-        family = module.student.family
-        paths = {"down": (family.mlp_output,), "both": (family.attention_output, family.mlp_output)}[self.parts]
-        for path in paths:
-            fit = self.fit(module, index, path, record.groups[index][-1] + 1)
-            if fit is None:
-                continue
+        family, end = module.student.family, record.groups[index][-1] + 1
+        source = record.sources[index] if self.parts == "all" else None
+        if source is not None:
+            self._reads(module, index, source, (family.query, family.key, family.value), weights)
+        if self.parts != "down":
+            self._writes(module, index, family.attention_output, end, weights, errors)
+        if source is not None:
+            self._reads(module, index, source, family.mlp_inputs, weights)
+        self._writes(module, index, family.mlp_output, end, weights, errors)
+
+    def _writes(
+        self,
+        module: PruningModule,
+        index: int,
+        path: str,
+        end: int,
+        weights: dict[str, Tensor],
+        errors: list[float | None],
+    ) -> None:
+        fit = self.fit(module, index, path, end)
+        if fit is not None:
             projection = module.student.part(module.student.layers[index], path)
-            new = {f"{index}.{path}.{name}": value for name, value in fit.added_to(projection).items()}
-            set_weights(module.student, new)
-            weights.update(new)
+            self._set(module, index, {path: fit.added_to(projection)}, weights)
             errors[index] = fit.error
+
+    def _reads(
+        self, module: PruningModule, index: int, source: int, paths: Sequence[str], weights: dict[str, Tensor]
+    ) -> None:
+        fit = self._solved(paths[0], self.input_equations(module, index, source, paths[0]))
+        if fit is not None:
+            layer = module.student.layers[index]
+            self._set(module, index, {path: fit.before(module.student.part(layer, path)) for path in paths}, weights)
+
+    def _set(
+        self, module: PruningModule, index: int, changed: dict[str, dict[str, Tensor]], weights: dict[str, Tensor]
+    ) -> None:
+        new = {f"{index}.{path}.{name}": value for path, own in changed.items() for name, value in own.items()}
+        set_weights(module.student, new)
+        weights.update(new)
 
     def fit(self, module: PruningModule, index: int, path: str, end: int) -> Fit | None:
         """The fit of one projection of student layer `index` towards the teacher's stream at boundary `end`."""
-        fit = self.equations(module, index, path, end).solve(self._guess)
+        return self._solved(path, self.equations(module, index, path, end))
+
+    def _solved(self, path: str, equations: NormalEquations) -> Fit | None:
+        fit = equations.solve(self._guess.get(path))
         if fit is not None:
-            self._guess = fit.strength
+            self._guess[path] = fit.strength
         return fit
+
+    @torch.inference_mode()
+    def input_equations(self, module: PruningModule, index: int, source: int, path: str) -> NormalEquations:
+        """Sums, over all processes, of the regression, on what projection `path` of student layer `index` gets, of what
+        that of teacher layer `source` gets more; each token counts the same, as both come out of a norm."""
+        student, teacher = module.student, module.teacher
+        equations = NormalEquations(student.geometry.hidden, student.geometry.hidden, self.folds, False, module.device)
+        for number, batch in enumerate(module.batches):
+            inputs = batch["input_ids"], batch["attention"]
+            x = projection_input(student, index, path, *inputs, module.stream(number, index))
+            wanted = projection_input(teacher, source, path, *inputs, module.teacher_stream(number, source))
+            self._add(equations, batch, x, wanted.float() - x.float(), batch["mask"].float())
+        return self._summed(module, equations)
+
+    def _add(self, equations: NormalEquations, batch: dict[str, Any], x: Tensor, r: Tensor, weight: Tensor) -> None:
+        folds = f"folds of {self.folds}"
+        if folds not in batch:  # asked once: `tolist()` waits for the device
+            # by content: which process a window is on, or its place in a batch, must not matter
+            batch[folds] = (batch["input_ids"].sum(1) % self.folds).tolist()
+        for window, fold in enumerate(batch[folds]):
+            equations.add(x[window], r[window], weight[window], fold)
+
+    def _summed(self, module: PruningModule, equations: NormalEquations) -> NormalEquations:
+        for values in equations.sums:
+            values.copy_(module.sum(values))
+        return equations
 
     @torch.inference_mode()
     def equations(
@@ -171,12 +265,5 @@ class Refit:
             out, x = layer_run(student, place, path, batch["input_ids"], batch["attention"], hidden, layer)
             weight = token_weights(target, batch["mask"], self.weighting)
             residual = target.float() - out.float()
-            folds = f"folds of {self.folds}"
-            if folds not in batch:  # asked once: `tolist()` waits for the device
-                # by content: which process a window is on, or its place in a batch, must not matter
-                batch[folds] = (batch["input_ids"].sum(1) % self.folds).tolist()
-            for window, fold in enumerate(batch[folds]):
-                equations.add(x[window], residual[window], weight[window], fold)
-        for values in equations.sums:
-            values.copy_(module.sum(values))
-        return equations
+            self._add(equations, batch, x, residual, weight)
+        return self._summed(module, equations)

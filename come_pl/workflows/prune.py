@@ -19,7 +19,7 @@ from come_pl.data import CalibrationData
 from come_pl.decoder import Decoder, family_of
 from come_pl.offload import move
 from come_pl.pruning.loop import ProgressivePruning, PruningBar, log_step, retires
-from come_pl.pruning.methods import find
+from come_pl.pruning.methods import DEFAULT, find
 from come_pl.pruning.module import PruningModule
 from come_pl.pruning.refit import Refit
 from come_pl.record import Meter, Record
@@ -37,7 +37,7 @@ def prune(
     data: CalibrationData,
     trainer: Trainer,
     *,
-    method: str,
+    method: str | None,
     options: Mapping[str, Any],
     refit: Refit | None = None,
     target_layers: int | None = None,
@@ -52,6 +52,8 @@ def prune(
 ) -> Path | None:
     """Prune `module.path` and write a run folder; a run that was killed goes on from its last finished step.
 
+    Without a method it is the one that measured best, with its best repair.
+
     Returns:
         The run folder, or None on processes other than the first.
 
@@ -61,13 +63,13 @@ def prune(
     rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
     main = rank == 0
     evaluation = evaluation or EvaluationText()
-    name, method_class = find(method)
+    name, method_class = find(method or DEFAULT)
     config = models.load_config(module.path).get_text_config(decoder=True)
-    refit = (refit or Refit("none")).resolved(name, family_of(config))
+    refit = (refit or Refit("none")).resolved(name, family_of(config), default=method is None)
     options = _selecting(dict(options), refit)
     chosen = method_class(**options)
     target = target_depth(config.num_hidden_layers, target_layers, sparsity)
-    on_the_way = set(evaluation.at) if chosen.progressive and not refit.sweep else set()
+    on_the_way = set(evaluation.at) if chosen.progressive and not refit.sweeps else set()
     tokenizer = models.load_tokenizer(module.path)
     bos = models.needs_bos(config, tokenizer)
     windows = data.attach(tokenizer, bos=bos, seed=seed)
@@ -220,7 +222,7 @@ def _selecting(options: dict[str, Any], refit: Refit) -> dict[str, Any]:
         plain = not refit.on or options.get("merge_item", 2) != 2
         options["select"] = "span" if plain else "local"
     elif select != "span" and not refit.on:
-        raise ValueError(f"select {select} compares refitted layers: give --refit down or --refit both")
+        raise ValueError(f"select {select} compares refitted layers: give --refit down, both or all")
     return options
 
 

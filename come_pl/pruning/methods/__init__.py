@@ -36,6 +36,7 @@ METHODS: dict[str, type[Method]] = {
     "streamline": Streamline,
     "fusegpt": FuseGPT,
 }
+DEFAULT = "prune_comp"  # with `--refit all`: what measured best (README)
 ALIASES = {"concat_merge": "come", "concat_merge_P": "come_p"}
 
 

@@ -36,12 +36,15 @@ class Method(ABC):
         progressive: whether its first steps are the same whatever depth it goes on to.
         spares_teacher: whether it decides from the student alone, so that dense layers that are gone from the student
             need not stay in memory.
+        pass_windows: calibration windows that passes before a step run on, rounded up to whole batches, for a method
+            that looks at no others; all without it.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     span = 2  # layers that a span distance covers
     progressive = False
     spares_teacher = False
+    pass_windows: int | None = None
 
     def needs_for(self, record: Record) -> frozenset[str]:
         """What the next step needs of `needs`; without any no pass is run."""

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from come_pl.pruning.methods.base import Decision, NoSite
+from come_pl.pruning.methods.common import check
 from come_pl.pruning.methods.drops import Drop, rounded
 from come_pl.pruning.module import NotFinite, PruningModule
 from come_pl.record import Record
@@ -30,15 +31,18 @@ class SLEB(Drop):
 
     Args:
         barriers: Layers at either end, of those still there, that are never dropped; 0 as in CoMe's copy.
+        windows: Calibration windows that the loss is measured on, rounded up to whole batches; all without it.
     """
 
     needs = frozenset({"streams"})
 
-    def __init__(self, barriers: int = 1, **options: Any):
+    def __init__(self, barriers: int = 1, windows: int | None = None, **options: Any):
         super().__init__(**options)
+        check(windows=(windows, 1))
         if barriers < 0:
             raise ValueError(f"barriers {barriers}: the number of protected layers at either end is not negative")
-        self.barriers = barriers
+        self.barriers, self.windows = barriers, windows
+        self.pass_windows = None if self.always else windows  # a compensation is measured on all
 
     def __call__(
         self, module: PruningModule, statistics: dict[str, Tensor], record: Record, *, remove: int
@@ -51,7 +55,7 @@ class SLEB(Drop):
         losses = [math.inf] * record.layers
         best = math.inf
         for layer in self.order(record):
-            losses[layer] = module.loss(layer, skip=[layer], bound=best)
+            losses[layer] = module.loss(layer, skip=[layer], bound=best, windows=self.windows)
             best = min(best, losses[layer])
         if best == math.inf:
             raise NotFinite("the calibration loss without any layer is not finite; the model overflows in this dtype")
