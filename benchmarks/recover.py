@@ -4,11 +4,11 @@
     python -m benchmarks.recover --student RUN_FOLDER --methods mp kd -- --model.lr 1e-4
 
 `--start` prunes the model first, as `plain` CoMe and as prune.py does by default, with its `refit`; without it all
-methods start from `--student`, or the newest pruned run. Writes OUTPUT/start-START/ and OUTPUT/START-METHOD-TOKENS/ (run
-folders), and after every run OUTPUT/recover.md, recover.csv and recover.json. A finished run is not run again, one that
-was cut off goes on, so the same command continues after a kill. With `--seconds S` a second table gives each method as
-many tokens as it trains on in S seconds at the speed that the first one measured. What follows `--` goes to every
-training run. A run that fails is told and left out; the exit code is then 1.
+methods start from `--student`, or the newest pruned run. Writes OUTPUT/start-START/ and OUTPUT/START-METHOD-TOKENS/
+(run folders), and after every run OUTPUT/recover.md, recover.csv and recover.json. A finished run is not run again, one
+that was cut off goes on, so the same command continues after a kill. With `--seconds S` a second table gives each
+method as many tokens as it trains on in S seconds at the speed that the first one measured. What follows `--` goes to
+every training run. A run that fails is told and left out; the exit code is then 1.
 """
 
 from __future__ import annotations
