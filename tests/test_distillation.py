@@ -555,6 +555,15 @@ def test_memory_holds_what_is_run_once(
     sizes = {"strategy": "auto", "devices": 1, "batch_size": 4, "seqlen": 16}
     plan = memory_plan(planned, precision=precision, **sizes)  # type: ignore[arg-type]
     assert (plan.teacher + plan.student) * GIB == pytest.approx(sum(held.values()))
+    elsewhere = {o: memory_plan(planned, precision=precision, offload=o, **sizes) for o in ("disk", "cpu")}  # type: ignore[arg-type]
+    away = [p for part in planned.teacher.layers for p in part.parameters() if p.dim() >= 2]
+    size = sum(p.numel() * p.element_size() for p in away)
+    assert elsewhere["cpu"].host * GIB == pytest.approx(size) and elsewhere["disk"].host == 0
+    kept = sum(p.numel() * p.element_size() for p in planned.teacher.model.parameters()) - size
+    largest = max((p.numel() * p.element_size() for p in away), default=0)
+    for offloaded in elsewhere.values():
+        assert (offloaded.teacher + offloaded.shared) * GIB == pytest.approx(kept + largest)
+        assert offloaded.student == plan.student
     if name == "mp":
         whole = sum(p.numel() for model in (teacher, student) for p in model.parameters())
         assert (plan.teacher + plan.student + plan.optimizer) * GIB < 4 * whole + plan.optimizer * GIB

@@ -231,6 +231,8 @@ def test_deepspeed_resumes(home: Path, single: Path) -> None:
         return bool(found) and (output / "curves.csv").is_file() and len(curve(output)) >= 9
 
     kill_when(halfway, "train.py", *flags(output, *more, batch=2), cwd=home)
+    other = run("train.py", *flags(output, *more[:2], "--trainer.strategy", "ddp", batch=2), cwd=home)
+    assert other.returncode == 2 and "of DeepSpeed stage 2 on 2 processes" in other.stderr, other.stderr
     same(trained(home, output, *more, batch=2), single, 2e-5)
 
 

@@ -127,7 +127,7 @@ def _train() -> None:
     if config.plan:
         from come_pl.distillation.plan import print_plan
 
-        print_plan(cli.model, cli.datamodule, config.student, config.teacher, wanted)
+        print_plan(cli.model, cli.datamodule, config.student, config.teacher, wanted, config.offload)
         return
     seed_everything(config.seed, verbose=False)
     distil(

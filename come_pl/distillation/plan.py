@@ -10,6 +10,7 @@ import torch
 
 from come_pl.decoder import Decoder
 from come_pl.distillation.module import DistillationModule
+from come_pl.offload import Offload, matrices
 
 GIB = 2**30
 
@@ -78,9 +79,14 @@ def memory_plan(
     devices: int,
     batch_size: int,
     seqlen: int,
+    offload: Offload = "none",
 ) -> Plan:
     """GiB per device of a module attached to models on the meta device (`on_meta`), which are made as light as the
-    precision lets them be."""
+    precision lets them be.
+
+    Args:
+        offload: where the matrices of the teacher's layers are; one of them at a time is on the device.
+    """
     half = precision.startswith("bf16") or precision.startswith("16")
     true_half = precision in ("bf16-true", "16-true")
     deepspeed, fsdp = strategy.startswith("deepspeed"), strategy == "fsdp"
@@ -95,8 +101,12 @@ def memory_plan(
         module.student_model.to(torch.bfloat16)
     module.lighten(precision, deepspeed)
     sharded = fsdp or stage == 3
-    shared = 0 if sharded else held(theirs for _, theirs in module.alike())  # untouched layers are taken to be equal
-    teacher = held(module.teacher.model.parameters()) - shared
+    away = [p for layer in module.teacher.layers for p in matrices(layer)] if offload != "none" else []
+    gone = {id(p) for p in away}
+    # untouched layers are taken to be equal
+    shared = 0 if sharded else held(theirs for _, theirs in module.alike() if id(theirs) not in gone)
+    teacher = held(p for p in module.teacher.model.parameters() if id(p) not in gone) - shared
+    teacher += max((held([p]) for p in away), default=0)
     student: float = held(module.student_model.parameters())
     gradients = trained * low
     optimizer = trained * (8 if low == 4 or not deepspeed else 12) if not true_half or deepspeed else trained * 4
@@ -108,7 +118,7 @@ def memory_plan(
         gradients /= share
     if fsdp or stage >= 1:
         optimizer /= share
-    host = 0.0
+    host = float(held(away)) if offload == "cpu" else 0.0
     if "offload" in strategy:
         host += optimizer
         optimizer = 0
@@ -142,7 +152,14 @@ def _activations(module: DistillationModule, tokens: int, element: int) -> float
     return kept + len(module.merged) * 2 * stream + logits + 2 * tokens * hidden * 4
 
 
-def print_plan(module: DistillationModule, data: Any, student: str | None, teacher: str | None, on: Any) -> Plan:
+def print_plan(
+    module: DistillationModule,
+    data: Any,
+    student: str | None,
+    teacher: str | None,
+    on: Any,
+    offload: Offload = "none",
+) -> Plan:
     """Print the plan of a run, from configs: a student run folder, or a dense model of which 30 % would be removed."""
     from come_pl import models
     from come_pl.distillation.student import LATEST, check_fit, read_pruned
@@ -179,10 +196,12 @@ def print_plan(module: DistillationModule, data: Any, student: str | None, teach
         devices=devices,
         batch_size=data.batch_size,
         seqlen=data.seqlen,
+        offload=offload,
     )
     title = (
         f"{path}, {depth} → {len(groups)} layers, {type(module).__name__} on {devices} device(s), "
         f"{on['strategy']}, {on['precision']}, {data.batch_size} windows of {data.seqlen} tokens"
+        + (f", teacher offloaded to {offload}" if offload != "none" else "")
     )
     print(plan.table(title))
     return plan

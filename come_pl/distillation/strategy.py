@@ -95,3 +95,11 @@ def named(strategy: Any) -> Any:
     if isinstance(strategy, str) and strategy.startswith("deepspeed") and find_spec("deepspeed") is None:
         raise ValueError(f"--trainer.strategy {strategy} needs deepspeed: pip install 'come_pl[deepspeed]'")
     return strategy
+
+
+def checkpoint_of(trainer: Any) -> str:
+    """What a checkpoint of this trainer is, in words: only a run that would write the same can go on from it."""
+    if not isinstance(trainer.strategy, DeepSpeedStrategy):
+        return "whole, in one file"
+    stage = trainer.strategy.config.get("zero_optimization", {}).get("stage", 0)  # type: ignore[union-attr]
+    return f"of DeepSpeed stage {stage} on {trainer.world_size} processes"

@@ -28,6 +28,7 @@ from come_pl.distillation.checkpoints import (
 )
 from come_pl.distillation.curves import Curves
 from come_pl.distillation.module import DistillationModule, Diverged
+from come_pl.distillation.strategy import checkpoint_of
 from come_pl.distillation.student import Pruned, check_fit, read_pruned
 from come_pl.offload import Offload, move
 from come_pl.record import Meter
@@ -101,6 +102,12 @@ def distil(
         print(f"{output} is finished already; --overwrite runs it again")
         print(summary(run.info))
         return output
+    checkpoint, written = newest(output / FOLDER), checkpoint_of(trainer)
+    if checkpoint and run.info.get("checkpoints", written) != written:
+        raise RunError(
+            f"the checkpoint in {str(output)!r} is {run.info['checkpoints']}, and this run's would be {written}; go on "
+            "with the --trainer.strategy and --trainer.devices that it began with, or --overwrite to begin anew"
+        )
     texts = evaluation_windows(evaluation, tokenizer, bos, data.seqlen) if main else {}
 
     student_model = models.load_model(str(pruned.folder / "model"), "float32")
@@ -114,6 +121,7 @@ def distil(
             method={"name": method, **options},
             data={"source": data.source, "tokens": data.tokens, "seqlen": data.seqlen, "batch_size": data.batch_size},
             seed=seed,
+            checkpoints=written,
         )
         if "perplexity" not in run.info:
             known = _known(pruned, texts)
@@ -128,7 +136,6 @@ def distil(
     if phases := getattr(module, "phases", 1) - 1:
         _lengthen(trainer, phases + 1)
     meter = Meter(device)
-    checkpoint = newest(output / FOLDER)
     if checkpoint and main:
         print(f"going on from {checkpoint.name}")
     try:
