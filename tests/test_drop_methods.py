@@ -161,7 +161,7 @@ def test_sleb_on_some_windows_looks_at_no_others():
     """Its passes run on these alone, too, and the loss is that of a module that was given no others."""
     dense, method = tiny_model("llama", layers=7), SLEB(windows=1)  # rounded up to a whole batch
     module = measured(dense, method)
-    assert len(module.batches) > 1 and method.pass_windows == 1 and SLEB(windows=1, compensate="magnitude").always
+    assert len(module.batches) > 1 and method.pass_windows == 1
     module.pass_windows = 1
     for _ in range(3):
         layers = list(module.student.layers)
@@ -173,9 +173,32 @@ def test_sleb_on_some_windows_looks_at_no_others():
         for j in range(1, len(layers) - 1):
             assert module.loss(j, skip=[j], windows=1) == naive[j] != module.loss(0, skip=[j])
         assert steps(module, method, 1) == [naive.index(min(naive))]
-    assert SLEB(windows=1, compensate="magnitude").pass_windows is None
     with pytest.raises(ValueError, match="windows 0"):
         SLEB(windows=0)
+
+
+@pytest.mark.parametrize("monitor", [1, 8])
+def test_prune_comp_on_some_windows_looks_at_no_others(monitor: int):
+    """Influence and compensation are those of a module that was given no others, and what is monitored adds nothing."""
+    dense, found = tiny_model("llama", layers=6), []
+    for few in (True, False):
+        method = PruneComp(windows=1 if few else None)
+        module = PruningModule(monitor=monitor)
+        module.attach(dense, Record(6), needs=method.needs_for(Record(6)), span=method.span)
+        module.pass_windows = method.pass_windows
+        for left in (2, 1):
+            for index in range(2 if few else 1):
+                part = slice(2 * index, 2 * index + 2)
+                module.training_step({"input_ids": IDS[part], "mask": MASK[part]}, index)
+            decision = method(module, module.statistics.compute(), module.record, remove=left)
+            module.do(decision.step)
+            module.record.append(decision.step)
+            module.needs = method.needs_for(module.record)
+            module.monitor(ahead=True)
+        found.append([(s.layers, s.scale, s.scores) for s in module.record.steps])
+    assert found[0] == found[1]
+    with pytest.raises(ValueError, match="windows 0"):
+        PruneComp(windows=0)
 
 
 def test_barriers_that_leave_nothing():

@@ -71,7 +71,7 @@ def _prune() -> None:
     from come_pl.data import CalibrationData
     from come_pl.pruning.loop import PruningDDP
     from come_pl.pruning.methods import ALIASES as METHOD_ALIASES
-    from come_pl.pruning.methods import DEFAULT, METHODS, find
+    from come_pl.pruning.methods import DEFAULT, DEFAULT_OPTIONS, METHODS, find
     from come_pl.pruning.module import PruningModule
     from come_pl.pruning.refit import Refit
     from come_pl.workflows.prune import prune
@@ -121,6 +121,8 @@ def _prune() -> None:
                 help="Where settings that are not given come from: what measured best, or the released code. The "
                 "official names (concat_merge, concat_merge_P) mean paper.",
             )
+            if not asked:
+                parser.set_defaults({f"method.{name}": value for name, value in DEFAULT_OPTIONS.items()})
             if preset == "paper":
                 published = {"rho": 0.0, "wo_repeat": False, "span_tokens": "last", "select": "span"}
                 if name == "come_p":

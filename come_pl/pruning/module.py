@@ -336,7 +336,7 @@ class PruningModule(LightningModule):
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         for index, teacher_final in self._teacher_final.items():
             batch = self.batches[index]
-            if ahead and self.needs:
+            if ahead and self.needs and index in self.first_batches(self.pass_windows):
                 hidden = self._measure(index)
                 self._ahead.add(index)
             else:

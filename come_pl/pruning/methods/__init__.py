@@ -37,6 +37,7 @@ METHODS: dict[str, type[Method]] = {
     "fusegpt": FuseGPT,
 }
 DEFAULT = "prune_comp"  # with `--refit all`: what measured best (README)
+DEFAULT_OPTIONS = {"windows": 16}  # of it, where no method is given
 ALIASES = {"concat_merge": "come", "concat_merge_P": "come_p"}
 
 

@@ -29,10 +29,12 @@ def rounded(value: float) -> float:
     return float(f"{value:.8g}")
 
 
-def growth(module: PruningModule, first: int, end: int) -> float:
-    """Mean L2 norm per counted token of the student's stream at boundary `end` over that at boundary `first`."""
+def growth(module: PruningModule, first: int, end: int, windows: int | None = None) -> float:
+    """Mean L2 norm per counted token of the student's stream at boundary `end` over that at boundary `first`; of the
+    first so many calibration windows, where that is said."""
     total = torch.zeros(2, dtype=torch.float64, device=module.device)
-    for index, batch in enumerate(module.batches):
+    for index in module.first_batches(windows):
+        batch = module.batches[index]
         norms = [module.stream(index, b).float().norm(dim=-1).where(batch["mask"], 0.0) for b in (end, first)]
         total += torch.stack([n.sum(dtype=torch.float64) for n in norms])
     above, below = module.sum(total)
@@ -62,7 +64,7 @@ class Drop(Method):
         """The step that drops adjacent student layers, decided by the scores called `name`."""
         step = Step("drop", list(layers), scores={name: list(scores)})
         if self.compensate == "magnitude":
-            step.scale = growth(module, layers[0], layers[-1] + 1)
+            step.scale = growth(module, layers[0], layers[-1] + 1, self.pass_windows)
         return Decision(step)
 
 

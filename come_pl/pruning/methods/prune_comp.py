@@ -15,6 +15,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from come_pl.pruning.methods.base import Decision
+from come_pl.pruning.methods.common import check
 from come_pl.pruning.methods.drops import Compensation, Drop, rounded
 from come_pl.pruning.module import PruningModule
 from come_pl.record import Record
@@ -26,12 +27,16 @@ class PruneComp(Drop):
     Args:
         compensate: What follows a drop: none, or magnitude (the stream below the dropped layer is multiplied, in the
             weights, by what the layer multiplied its length by).
+        windows: Calibration windows that both are measured on, rounded up to whole batches; all without it. (Without
+            --method it is 16: a repair needs more text than a choice.)
     """
 
     needs = frozenset({"block_influence"})
 
-    def __init__(self, compensate: Compensation = "magnitude"):
+    def __init__(self, compensate: Compensation = "magnitude", windows: int | None = None):
         super().__init__(compensate)
+        check(windows=(windows, 1))
+        self.pass_windows = windows
 
     def __call__(
         self, module: PruningModule, statistics: dict[str, Tensor], record: Record, *, remove: int

@@ -31,7 +31,7 @@ class SLEB(Drop):
 
     Args:
         barriers: Layers at either end, of those still there, that are never dropped; 0 as in CoMe's copy.
-        windows: Calibration windows that the loss is measured on, rounded up to whole batches; all without it.
+        windows: Calibration windows that losses are measured on, rounded up to whole batches; all without it.
     """
 
     needs = frozenset({"streams"})
@@ -41,8 +41,7 @@ class SLEB(Drop):
         check(windows=(windows, 1))
         if barriers < 0:
             raise ValueError(f"barriers {barriers}: the number of protected layers at either end is not negative")
-        self.barriers, self.windows = barriers, windows
-        self.pass_windows = None if self.always else windows  # a compensation is measured on all
+        self.barriers, self.pass_windows = barriers, windows
 
     def __call__(
         self, module: PruningModule, statistics: dict[str, Tensor], record: Record, *, remove: int
@@ -55,7 +54,7 @@ class SLEB(Drop):
         losses = [math.inf] * record.layers
         best = math.inf
         for layer in self.order(record):
-            losses[layer] = module.loss(layer, skip=[layer], bound=best, windows=self.windows)
+            losses[layer] = module.loss(layer, skip=[layer], bound=best, windows=self.pass_windows)
             best = min(best, losses[layer])
         if best == math.inf:
             raise NotFinite("the calibration loss without any layer is not finite; the model overflows in this dtype")
