@@ -160,28 +160,24 @@ class Refit:
     ) -> None:
         family, end = module.student.family, record.groups[index][-1] + 1
         source = record.sources[index] if self.parts == "all" else None
-        if source is not None:
-            self._reads(module, index, source, (family.query, family.key, family.value), weights)
-        if self.parts != "down":
-            self._writes(module, index, family.attention_output, end, weights, errors)
-        if source is not None:
-            self._reads(module, index, source, family.mlp_inputs, weights)
-        self._writes(module, index, family.mlp_output, end, weights, errors)
-
-    def _writes(
-        self,
-        module: PruningModule,
-        index: int,
-        path: str,
-        end: int,
-        weights: dict[str, Tensor],
-        errors: list[float | None],
-    ) -> None:
-        fit = self.fit(module, index, path, end)
-        if fit is not None:
-            projection = module.student.part(module.student.layers[index], path)
-            self._set(module, index, {path: fit.added_to(projection)}, weights)
-            errors[index] = fit.error
+        before, left, repaired = 0.0, 0.0, False  # the layer's error
+        for path, reads in (
+            (family.attention_output, (family.query, family.key, family.value)),
+            (family.mlp_output, family.mlp_inputs),
+        ):
+            if source is not None:
+                self._reads(module, index, source, reads, weights)
+            if self.parts == "down" and path != family.mlp_output:
+                continue
+            equations = self.equations(module, index, path, end)
+            fit, left = self._solved(path, equations), float(equations.c.sum())
+            before = before or left
+            if fit is not None:
+                projection = module.student.part(module.student.layers[index], path)
+                self._set(module, index, {path: fit.added_to(projection)}, weights)
+                left, repaired = left * fit.error, True
+        if repaired:
+            errors[index] = float(f"{left / before:.6g}")
 
     def _reads(
         self, module: PruningModule, index: int, source: int, paths: Sequence[str], weights: dict[str, Tensor]
@@ -197,10 +193,6 @@ class Refit:
         new = {f"{index}.{path}.{name}": value for path, own in changed.items() for name, value in own.items()}
         set_weights(module.student, new)
         weights.update(new)
-
-    def fit(self, module: PruningModule, index: int, path: str, end: int) -> Fit | None:
-        """The fit of one projection of student layer `index` towards the teacher's stream at boundary `end`."""
-        return self._solved(path, self.equations(module, index, path, end))
 
     def _solved(self, path: str, equations: NormalEquations) -> Fit | None:
         fit = equations.solve(self._guess.get(path))

@@ -62,9 +62,9 @@ def refits(run_dir: Path, path: Path | None = None) -> Path | None:
     if sweep:
         axes.plot(*zip(*sweep), "s-", color=OKABE_ITO[0], markersize=4.5, linewidth=1.4, label="sweep at the end")
     axes.axhline(1, color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate("1: no repair", (1, 1), (0, -11), ("axes fraction", "data"), "offset points", ha="right", color=SOFT)
+    axes.annotate("1: no repair", (1, 1), (0, 5), ("axes fraction", "data"), "offset points", ha="right", color=SOFT)
     axes.set(
-        xlabel="repaired layer, by the last dense layer that it stands for", ylabel="error left, share", ylim=(0, 1.08)
+        xlabel="repaired layer, by the last dense layer that it stands for", ylabel="error left, share", ylim=(0, 1.12)
     )
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
     axes.grid(axis="y", color=PALE)
