@@ -44,7 +44,7 @@ def merges(story: Story) -> list[Table]:
             rows.append([str(index), made, ", ".join(gone) or "–"])
     note = "In brackets: the share of attention heads and feed-forward channels that each dense layer gave."
     columns = ["new layer", "made of dense layers", "stands in for dropped"]
-    return _tables(Table("Layers that are not as they were", columns, rows, note, heads=2, folded=True))
+    return _tables(Table("Layers that stand for several", columns, rows, note, heads=2, folded=True))
 
 
 def steps(story: Story) -> list[Table]:
