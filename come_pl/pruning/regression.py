@@ -108,7 +108,7 @@ class NormalEquations:
 
     def _unseen_error(self, strength: float, folds: Sequence[int], a: Tensor, b: Tensor) -> float:
         """Σ over folds of the error there of the fit to the others. In fp32, which is enough to compare strengths and
-        takes half the time."""
+        is faster."""
         total = 0.0
         for fold in folds:
             own_a, own_b = self.a[fold].float(), self.b[fold].float()
