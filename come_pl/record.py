@@ -14,7 +14,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
@@ -290,16 +290,19 @@ def replay(record: Record, dense: Any) -> Any:
     return model
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write beside, fsync, rename: a reader sees the old file or the new one, never half of one."""
+def write_atomically(path: Path, content: str | bytes | Callable[[Path], None]) -> None:
+    """Write beside, fsync, rename: a reader sees the old file or the new one, never half of one. `content` may be what
+    writes the file, given where."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
-            file.flush()
+        if callable(content):
+            content(partial)
+        else:
+            partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
 

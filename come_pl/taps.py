@@ -101,27 +101,9 @@ def stream_at(
     is `hidden`."""
     if boundary == start and hidden is not None:
         return hidden
-    found: list[Tensor] = []
-    layer = decoder.layers[max(boundary - 1, 0)]
-
-    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        found.append(_stream_of(args, kwargs))
-
-    def after(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-        found.append(stream_from(output))
-
-    handle = (
-        layer.register_forward_hook(after) if boundary else layer.register_forward_pre_hook(before, with_kwargs=True)
-    )
-    try:
+    with streams(decoder, [boundary]) as found:
         decoder.run(input_ids, mask, start=start, hidden=hidden, stop=max(boundary, 1))
-    finally:
-        handle.remove()
-    return found[0]
-
-
-class _Enough(Exception):
-    """What was looked for is found; the rest of the forward need not run."""
+    return found[boundary]
 
 
 def layer_run(
@@ -136,37 +118,10 @@ def layer_run(
     """(output (batch, seq, hidden) of layer `index` on the stream `hidden`, input (batch, seq, channels) of its
     projection `path`); `layer` runs in its place."""
     found: dict[str, Tensor] = {}
-    _layer_run(decoder, index, path, input_ids, mask, hidden, layer, found)
-    return found["out"], found["x"]
-
-
-def projection_input(
-    decoder: Decoder, index: int, path: str, input_ids: Tensor, mask: Tensor | None, hidden: Tensor
-) -> Tensor:
-    """The input (batch, seq, channels) alone; what comes after it in the layer does not run."""
-    found: dict[str, Tensor] = {}
-    with contextlib.suppress(_Enough):
-        _layer_run(decoder, index, path, input_ids, mask, hidden, None, found, whole=False)
-    return found["x"]
-
-
-def _layer_run(
-    decoder: Decoder,
-    index: int,
-    path: str,
-    input_ids: Tensor,
-    mask: Tensor | None,
-    hidden: Tensor,
-    layer: nn.Module | None,
-    found: dict[str, Tensor],
-    whole: bool = True,
-) -> None:
     module = layer or decoder.layers[index]
 
     def before(module: nn.Module, args: tuple) -> None:
-        found["x"] = args[0].reshape(*input_ids.shape, -1)
-        if not whole:
-            raise _Enough
+        found["x"] = args[0]
 
     def after(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
         found["out"] = stream_from(output)
@@ -178,6 +133,30 @@ def _layer_run(
     finally:
         for handle in handles:
             handle.remove()
+    return found["out"], found["x"].reshape(*input_ids.shape, -1)
+
+
+class _Found(Exception):
+    """Carries out of a forward what it was run for."""
+
+
+def projection_input(
+    decoder: Decoder, index: int, path: str, input_ids: Tensor, mask: Tensor | None, hidden: Tensor
+) -> Tensor:
+    """The input (batch, seq, channels) of projection `path` of layer `index` on the stream `hidden`; what comes
+    after it does not run."""
+
+    def before(module: nn.Module, args: tuple) -> None:
+        raise _Found(args[0])
+
+    handle = decoder.part(decoder.layers[index], path).register_forward_pre_hook(before)
+    try:
+        decoder.run(input_ids, mask, start=index, hidden=hidden, stop=index + 1)
+    except _Found as found:
+        return found.args[0].reshape(*input_ids.shape, -1)
+    finally:
+        handle.remove()
+    raise AssertionError(f"the forward of layer {index} does not use {path}")
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ CORE: dict[str, tuple[str, dict[str, Any], str]] = {  # name: (method, its optio
     "concat_merge": ("come", {"rho": 0.0, "span_tokens": "last", "select": "span"}, "none"),
     "prune_comp": ("prune_comp", {}, "none"),  # drops, and scales the weights below
     "magnitude": ("magnitude", {}, "none"),
+    "repaired": ("prune_comp", {"windows": 2}, "all"),  # at the end, with what layers read
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "mka": {"lambda_override": 0.4},

@@ -310,6 +310,18 @@ def test_what_runs_where_no_method_is_given(
     assert (info["method"]["name"], info["refit"]["parts"]) == (method, parts)
 
 
+def test_the_printed_default_is_the_default(
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    words = [*basic(tiny, text, tmp_path / "run"), "--samples", "false"]
+    assert exit_code(prune_main, "prune.py", *words, "--print_config", monkeypatch=monkeypatch) == 0
+    config = tmp_path / "printed.yaml"
+    config.write_text(capsys.readouterr().out)
+    assert exit_code(prune_main, "prune.py", "--config", config, monkeypatch=monkeypatch) == 0
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (info["method"]["name"], info["method"]["windows"], info["refit"]["parts"]) == ("prune_comp", 16, "all")
+
+
 def test_without_a_method_a_family_that_cannot_be_repaired_is_pruned(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -348,6 +348,8 @@ def test_auto_is_down_for_come_where_that_can_be_solved() -> None:
     assert Refit().resolved("come", gemma).parts == "none"
     assert Refit().resolved("shortgpt", llama).parts == "none"
     assert Refit(sweep=1).resolved("shortgpt", llama).parts == "down"
+    assert Refit("best").resolved("shortgpt", llama).parts == "all"
+    assert Refit("best").resolved("prune_comp", gemma).parts == "none"
     assert Refit("all").resolved("shortgpt", llama).when == "end" and Refit().resolved("come", llama).when == "step"
     assert Refit("all", "step").resolved("shortgpt", llama).when == "step"
     with pytest.raises(ValueError, match="not possible for gemma3"):

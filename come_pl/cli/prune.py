@@ -71,7 +71,7 @@ def _prune() -> None:
     from come_pl.data import CalibrationData
     from come_pl.pruning.loop import PruningDDP
     from come_pl.pruning.methods import ALIASES as METHOD_ALIASES
-    from come_pl.pruning.methods import DEFAULT, DEFAULT_OPTIONS, METHODS, find
+    from come_pl.pruning.methods import DEFAULT, DEFAULT_SETTINGS, METHODS, find
     from come_pl.pruning.module import PruningModule
     from come_pl.pruning.refit import Refit
     from come_pl.workflows.prune import prune
@@ -109,7 +109,7 @@ def _prune() -> None:
                 type=str,
                 default=name,
                 help=f"Pruning method: {', '.join(METHODS)} (aliases: {', '.join(METHOD_ALIASES)}). Without one: "
-                f"{DEFAULT} with --refit all, what measured best; come with --preset paper.",
+                f"{DEFAULT} with --refit best, what measured best; come with --preset paper.",
             )
             known = parser.add_class_arguments(method_class, "method", instantiate=False)
             refuse_unknown(sys.argv[1:], name, known)
@@ -122,7 +122,7 @@ def _prune() -> None:
                 "official names (concat_merge, concat_merge_P) mean paper.",
             )
             if not asked:
-                parser.set_defaults({f"method.{name}": value for name, value in DEFAULT_OPTIONS.items()})
+                parser.set_defaults(DEFAULT_SETTINGS)
             if preset == "paper":
                 published = {"rho": 0.0, "wo_repeat": False, "span_tokens": "last", "select": "span"}
                 if name == "come_p":
@@ -164,7 +164,7 @@ def _prune() -> None:
         cli.model,
         cli.datamodule,
         cli.trainer,
-        method=name if asked else None,
+        method=name,
         options=options,
         refit=cli.config_init.refit,
         target_layers=config.target_layers,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from come_pl.distillation.module import DistillationModule
+from come_pl.record import write_atomically
 
 FOLDER, BEST = "checkpoints", "best.safetensors"
 
@@ -124,11 +124,8 @@ class KeepBest(Callback):
         state = full_state(pl_module)
         if trainer.is_global_zero:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.file.with_name(f".{self.file.name}.partial")
-            save_file(state, partial, {"step": str(self.step), "val_loss": repr(loss)})
-            with open(partial, "rb") as opened:
-                os.fsync(opened.fileno())
-            os.replace(partial, self.file)
+            told = {"step": str(self.step), "val_loss": repr(loss)}
+            write_atomically(self.file, lambda partial: save_file(state, partial, told))
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Trained parameters by name in the student, on the CPU."""

@@ -38,7 +38,7 @@ from come_pl.taps import layer_run, projection_input
 if TYPE_CHECKING:
     from come_pl.pruning.module import PruningModule
 
-Parts = Literal["auto", "none", "down", "both", "all"]
+Parts = Literal["auto", "best", "none", "down", "both", "all"]
 When = Literal["auto", "step", "end"]
 Weighting = Literal["inverse", "uniform"]
 
@@ -65,8 +65,9 @@ class Refit:
 
     Args:
         parts: What is solved for: none, down (the MLP's output projection), both (the attention's before it), all (what
-            the layers above the first change read, too), or auto: all where no method is given, down for CoMe as it is
-            by default here, none for any other method and with --preset paper.
+            the layers above the first change read, too). best: all, or none for a family that cannot be repaired; what
+            runs where no method is given. auto: down for CoMe as it is by default here, none for any other method and
+            with --preset paper.
         when: step: after each step. end: once, at the target depth, every layer from the lowest changed one up. auto:
             step for CoMe, whose choices are made on repaired layers, end for any other method.
         sweep: Passes of refits over every layer from the lowest changed one up, once the target depth is reached; at
@@ -92,14 +93,10 @@ class Refit:
         self.parts, self.when, self.sweep, self.weighting, self.folds = parts, when, sweep, weighting, folds
         self._guess: dict[str, float] = {}
 
-    def resolved(self, method: str, family: Family, default: bool = False) -> Refit:
-        """What `auto` means for a method and a family; sweeps alone ask for refits.
-
-        Args:
-            default: nobody asked for this method, so the repair is the best one too, where the family has any.
-        """
+    def resolved(self, method: str, family: Family) -> Refit:
+        """What `best` and `auto` mean for a method and a family; sweeps alone ask for refits."""
         parts, when = self.parts, self.when
-        if parts == "auto" and default:
+        if parts == "best":
             parts = "all" if family.linear_outputs else "none"
         if parts == "auto":
             parts = "down" if (method == "come" or self.sweep) and family.linear_outputs else "none"

@@ -21,11 +21,8 @@ from come_pl.workflows.report import finish
 from come_pl.workflows.tables import write_json
 
 ROOT = Path("runs/compare")
-OF_RUNS = {
-    "refit": "--refit.parts",
-    "refit_when": "--refit.when",
-    "sweep": "--refit.sweep",
-}  # options that are of the run, not of its method
+# options that are of the run, not of its method
+OF_RUNS = {"refit": "--refit.parts", "refit_when": "--refit.when", "sweep": "--refit.sweep"}
 DEPTHS = (0.9, 0.8, 0.7)  # of the model's layers, where no depths are given
 
 

@@ -102,8 +102,8 @@ def distil(
         print(f"{output} is finished already; --overwrite runs it again")
         print(summary(run.info))
         return output
-    checkpoint, written = newest(output / FOLDER), checkpoint_of(trainer)
-    if checkpoint and run.info.get("checkpoints", written) != written:
+    written = checkpoint_of(trainer)
+    if run.info.get("checkpoints", written) != written and newest(output / FOLDER):
         raise RunError(
             f"the checkpoint in {str(output)!r} is {run.info['checkpoints']}, and this run's would be {written}; go on "
             "with the --trainer.strategy and --trainer.devices that it began with, or --overwrite to begin anew"
@@ -136,6 +136,7 @@ def distil(
     if phases := getattr(module, "phases", 1) - 1:
         _lengthen(trainer, phases + 1)
     meter = Meter(device)
+    checkpoint = newest(output / FOLDER)
     if checkpoint and main:
         print(f"going on from {checkpoint.name}")
     try:

@@ -19,7 +19,7 @@ from come_pl.data import CalibrationData
 from come_pl.decoder import Decoder, family_of
 from come_pl.offload import move
 from come_pl.pruning.loop import ProgressivePruning, PruningBar, log_step, retires
-from come_pl.pruning.methods import DEFAULT, find
+from come_pl.pruning.methods import find
 from come_pl.pruning.module import PruningModule
 from come_pl.pruning.refit import Refit
 from come_pl.record import Meter, Record
@@ -37,7 +37,7 @@ def prune(
     data: CalibrationData,
     trainer: Trainer,
     *,
-    method: str | None,
+    method: str,
     options: Mapping[str, Any],
     refit: Refit | None = None,
     target_layers: int | None = None,
@@ -52,8 +52,6 @@ def prune(
 ) -> Path | None:
     """Prune `module.path` and write a run folder; a run that was killed goes on from its last finished step.
 
-    Without a method it is the one that measured best, with its best repair.
-
     Returns:
         The run folder, or None on processes other than the first.
 
@@ -63,9 +61,9 @@ def prune(
     rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
     main = rank == 0
     evaluation = evaluation or EvaluationText()
-    name, method_class = find(method or DEFAULT)
+    name, method_class = find(method)
     config = models.load_config(module.path).get_text_config(decoder=True)
-    refit = (refit or Refit("none")).resolved(name, family_of(config), default=method is None)
+    refit = (refit or Refit("none")).resolved(name, family_of(config))
     options = _selecting(dict(options), refit)
     chosen = method_class(**options)
     target = target_depth(config.num_hidden_layers, target_layers, sparsity)

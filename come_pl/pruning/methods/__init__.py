@@ -36,8 +36,8 @@ METHODS: dict[str, type[Method]] = {
     "streamline": Streamline,
     "fusegpt": FuseGPT,
 }
-DEFAULT = "prune_comp"  # with `--refit all`: what measured best (README)
-DEFAULT_OPTIONS = {"windows": 16}  # of it, where no method is given
+DEFAULT = "prune_comp"  # where no method is given: what measured best (README), with these settings
+DEFAULT_SETTINGS = {"method.windows": 16, "refit.parts": "best"}
 ALIASES = {"concat_merge": "come", "concat_merge_P": "come_p"}
 
 
