@@ -109,7 +109,7 @@ def test_massive_activations_do_not_drown_the_rest() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
-@pytest.mark.parametrize("kind", ["kl", "lm"])
+@pytest.mark.parametrize("kind", ["kl", "lm", "labelled"])
 def test_chunked_logits_are_exact_with_gradients(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, student = pruned_pair(family)
     ours, theirs, batch = Decoder(student), Decoder(teacher), batch_of(padded=3)
@@ -123,22 +123,33 @@ def test_chunked_logits_are_exact_with_gradients(family: str, kind: str, monkeyp
             monkeypatch.setattr(losses, "chunk_length", lambda batch, vocabulary: 5)
         student.zero_grad()
         hidden = ours.run(ids)
-        if chunk and kind == "kl":
-            value = losses.logit_divergence(ours, hidden, theirs, target, mask)
-        elif chunk:
+        if chunk and kind == "lm":
             value = losses.language_modelling(ours, hidden, ids, mask)
-        elif kind == "kl":
-            p, q = theirs.logits(target).log_softmax(-1), ours.logits(hidden).log_softmax(-1)
-            value = ((p.exp() * (p - q)).sum(-1) * mask).sum() / mask.sum()
+        elif chunk:
+            labels = {"input_ids": ids, "label_weight": 0.3} if kind == "labelled" else {}
+            value = losses.logit_divergence(ours, hidden, theirs, target, mask, temperature=2.0, **labels)
         else:
+            p, q = (theirs.logits(target) / 2).log_softmax(-1), (ours.logits(hidden) / 2).log_softmax(-1)
+            divergence = 4 * ((p.exp() * (p - q)).sum(-1) * mask).sum() / mask.sum()
             counted = mask[:, 1:] & mask[:, :-1]
             each = F.cross_entropy(ours.logits(hidden)[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-            value = (each * counted).sum() / counted.sum()
+            modelling = (each * counted).sum() / counted.sum()
+            value = {"kl": divergence, "lm": modelling, "labelled": 0.7 * divergence + 0.3 * modelling}[kind]
         (3 * value).backward()
         first = next(ours.layers[0].parameters()).grad
         results.append((value.detach(), head.grad.clone(), first.clone()))  # type: ignore[union-attr]
     for chunked, whole in zip(*results):
         torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("module", [lambda w: KD(label_weight=w), lambda w: Hybrid(state_weight=0, label_weight=w)])
+def test_label_weight_goes_from_the_teacher_to_the_text(module: Any) -> None:
+    batch = batch_of(padded=3)
+    value = {w: float(sum(attached(module(w)).losses(batch).values())) for w in (0.0, 0.25, 1.0)}
+    assert value[0.25] == pytest.approx(0.75 * value[0.0] + 0.25 * value[1.0], rel=1e-5)
+    assert value[1.0] == pytest.approx(float(attached(LM()).losses(batch)["lm"]), rel=1e-5)
+    with pytest.raises(ValueError, match="label_weight 1.5: expected a share from 0 to 1"):
+        module(1.5)
 
 
 def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from come_pl.distillation.layerwise import CoMeSP
+from come_pl.distillation.layerwise import CoMeSP, share_of_labels
 from come_pl.distillation.losses import language_modelling, logit_divergence
 from come_pl.distillation.module import OTHERS, REST, DistillationModule, Trainable
 from come_pl.distillation.rates import Rates, cosine
@@ -17,7 +17,7 @@ class _WholeStudent(DistillationModule):
     """One loss at the student's end."""
 
     objective: Literal["kd", "lm"] = "kd"
-    temperature = 1.0
+    temperature, label_weight = 1.0, 0.0
 
     def reach(self) -> tuple[int | None, int | None]:
         return (0 if self.objective == "lm" else None), None
@@ -27,7 +27,10 @@ class _WholeStudent(DistillationModule):
         if self.objective == "lm":
             return {"lm": language_modelling(self.student, final, batch["input_ids"], batch["mask"])}
         _, teacher_final = self.teacher_states(batch, (), None)
-        kl = logit_divergence(self.student, final, self.teacher, teacher_final, batch["mask"], self.temperature)
+        mask, tokens = batch["mask"], batch["input_ids"]
+        kl = logit_divergence(
+            self.student, final, self.teacher, teacher_final, mask, self.temperature, tokens, self.label_weight
+        )
         return {"logits": kl}
 
 
@@ -37,6 +40,7 @@ class KD(_WholeStudent):
     Args:
         lr: Peak learning rate; a list or mapping gives one for each merged layer.
         temperature: Temperature of both distributions.
+        label_weight: Share of the cross entropy with the text's own next token in the loss ("hard targets").
         trainable: Parameters that learn: merged layers, all decoder layers, or all (embeddings too).
         activation_checkpointing: Keep one stream a layer for the backward, and compute the rest again.
         **kwargs: See DistillationModule.
@@ -46,12 +50,14 @@ class KD(_WholeStudent):
         self,
         lr: Rates = 2e-4,
         temperature: float = 1.0,
+        label_weight: float = 0.0,
         trainable: Trainable = "all",
         activation_checkpointing: bool = False,
         **kwargs: Any,
     ):
         super().__init__(lr=lr, trainable=trainable, **kwargs)
         self.temperature, self.activation_checkpointing = temperature, activation_checkpointing
+        self.label_weight = share_of_labels(label_weight)
 
 
 class LM(_WholeStudent):
@@ -146,6 +152,7 @@ class Hybrid(CoMeSP):
         match: Compare at the merged layers, or at all layers from the first merged one on.
         state_weight: Weight of the hidden states' losses (their sum).
         logit_weight: Weight of KL(teacher || student) of the next-token distributions.
+        label_weight: Share in that of the cross entropy with the text's own next token.
         trainable: What learns in the second part: all decoder layers, or all (embeddings too).
         activation_checkpointing: Keep one stream a layer for the backward, and compute the rest again.
         **kwargs: See DistillationModule.
@@ -160,6 +167,7 @@ class Hybrid(CoMeSP):
         match: Literal["merged", "all"] = "merged",
         state_weight: float = 0.1,
         logit_weight: float = 1.0,
+        label_weight: float = 0.0,
         trainable: Literal["layers", "all"] = "all",
         activation_checkpointing: bool = False,
         **kwargs: Any,
@@ -170,6 +178,7 @@ class Hybrid(CoMeSP):
             match=match,
             state_weight=state_weight,
             logit_weight=logit_weight,
+            label_weight=label_weight,
             trainable=trainable,
             activation_checkpointing=activation_checkpointing,
             **kwargs,

@@ -168,6 +168,13 @@ class CoMeMP(DistillationModule):
                         optimizer.state.pop(parameter, None)
 
 
+def share_of_labels(weight: float) -> float:
+    """A label weight that can be one."""
+    if not 0 <= weight <= 1:
+        raise ValueError(f"label_weight {weight}: expected a share from 0 to 1")
+    return weight
+
+
 class CoMeSP(DistillationModule):
     """CoMe-sp: one process; the student runs as a whole and the losses of all merged layers, on its own stream, are
     summed and reach everything below them.
@@ -179,6 +186,7 @@ class CoMeSP(DistillationModule):
         match: Compare at the merged layers, or at all layers from the first merged one on.
         state_weight: Weight of the hidden states' losses (their sum).
         logit_weight: Weight of KL(teacher || student) of the next-token distributions; 0: no logits are computed.
+        label_weight: Share in that of the cross entropy with the text's own next token.
         activation_checkpointing: Keep one stream a layer for the backward, and compute the rest again.
         **kwargs: See DistillationModule.
     """
@@ -191,12 +199,14 @@ class CoMeSP(DistillationModule):
         match: Literal["merged", "all"] = "merged",
         state_weight: float = 1.0,
         logit_weight: float = 0.0,
+        label_weight: float = 0.0,
         activation_checkpointing: bool = False,
         **kwargs: Any,
     ):
         super().__init__(lr=lr, **kwargs)
         self.loss, self.temperature, self.match = loss, temperature, match
         self.state_weight, self.logit_weight = state_weight, logit_weight
+        self.label_weight = share_of_labels(label_weight)
         self.activation_checkpointing = activation_checkpointing
 
     def reach(self) -> tuple[int | None, int | None]:
@@ -233,6 +243,9 @@ class CoMeSP(DistillationModule):
             for i in layers
         }
         if self.logit_weight:
-            kl = logit_divergence(self.student, final, self.teacher, teacher_final, mask)
+            tokens, weight = batch["input_ids"], self.label_weight
+            kl = logit_divergence(
+                self.student, final, self.teacher, teacher_final, mask, input_ids=tokens, label_weight=weight
+            )
             found["logits"] = self.logit_weight * kl
         return found

@@ -147,17 +147,40 @@ def _over_chunks(student: Decoder, hidden: Tensor, per_chunk: Any) -> Tensor:
     return _ChunkedLoss.apply(hidden, head.weight, head.bias, head, per_chunk)
 
 
+def _labels(input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """For each position (batch, seq) the token that follows, and its share in a mean over real tokens predicted from
+    real tokens (0 at the last position)."""
+    weight = F.pad((mask[:, 1:] & mask[:, :-1]).float(), (0, 1))
+    return F.pad(input_ids[:, 1:], (0, 1)), weight / weight.sum().clamp(min=1)
+
+
+def _nats(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+
+
 def logit_divergence(
-    student: Decoder, hidden: Tensor, teacher: Decoder, teacher_hidden: Tensor, mask: Tensor, temperature: float = 1.0
+    student: Decoder,
+    hidden: Tensor,
+    teacher: Decoder,
+    teacher_hidden: Tensor,
+    mask: Tensor,
+    temperature: float = 1.0,
+    input_ids: Tensor | None = None,
+    label_weight: float = 0.0,
 ) -> Tensor:
     """T² · KL(teacher ‖ student) of next-token distributions, nats, mean over tokens of `mask` (batch, seq).
+
+    With a label weight w (Hinton et al. 2015, "hard targets"): (1 − w) · that + w · cross entropy with the text's next
+    token.
 
     Args:
         hidden: final hidden states (batch, seq, hidden) of the student, after its final norm.
         teacher_hidden: those of the teacher.
+        input_ids: the text's tokens (batch, seq); needed with a label weight.
     """
-    weight = mask.float()
-    total = weight.sum().clamp(min=1)
+    share = (1 - label_weight) * mask.float()
+    share = share / mask.sum().clamp(min=1)
+    labels, label_share = _labels(input_ids, mask) if input_ids is not None else (None, None)
     other = _Head(teacher)
     w, b = other.cast()
 
@@ -167,18 +190,19 @@ def logit_divergence(
             probabilities = log_teacher.exp()
             entropy = (probabilities * log_teacher).sum(-1)
         cross = (probabilities * (logits / temperature).log_softmax(-1)).sum(-1)
-        return temperature**2 * ((entropy - cross) * weight[:, part]).sum() / total
+        loss = temperature**2 * ((entropy - cross) * share[:, part]).sum()
+        if label_weight and labels is not None and label_share is not None:
+            loss = loss + label_weight * (_nats(logits, labels[:, part]) * label_share[:, part]).sum()
+        return loss
 
     return _over_chunks(student, hidden, per_chunk)
 
 
 def language_modelling(student: Decoder, hidden: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
     """Mean negative log-likelihood (nats) of the next token, over real tokens predicted from real tokens."""
-    weight = (mask[:, 1:] & mask[:, :-1]).float()
-    total = weight.sum().clamp(min=1)
+    labels, share = _labels(input_ids, mask)
 
     def per_chunk(logits: Tensor, part: slice) -> Tensor:
-        nats = F.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:][:, part], reduction="none")
-        return (nats * weight[:, part]).sum() / total
+        return (_nats(logits, labels[:, part]) * share[:, part]).sum()
 
-    return _over_chunks(student, hidden[:, :-1], per_chunk)
+    return _over_chunks(student, hidden, per_chunk)
