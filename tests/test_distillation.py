@@ -6,6 +6,7 @@ import copy
 import csv
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -650,3 +651,26 @@ def test_hybrid_trains_merged_layers_first(student_run: Path, tmp_path: Path) ->
 
     start(student_run, tmp_path / "o", Watched(merged_first=0.5), method="hybrid")
     assert seen[1] == seen[3] == {1, 3} and seen[4] == seen[7] == {0, 1, 2, 3}
+
+
+def test_layers_that_wait_do_not_clip_those_that_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on several devices, where all layers have gradients from the first step on."""
+    module = attached(Hybrid(merged_first=0.5))
+    module.total_steps = 10
+    groups = module.parameter_groups()
+    optimizer = torch.optim.AdamW(groups)
+    monkeypatch.setattr(module, "_trainer", SimpleNamespace(precision="32-true"))
+    found = []
+    for step in (4, 5):
+        monkeypatch.setattr(Hybrid, "global_step", step)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+            group["params"][0].grad.view(-1)[0] = 3.0 if group["name"].startswith("layer") else 300.0
+        module.configure_gradient_clipping(optimizer, 5.0)  # the merged layers' norm is 3 · √2, that of all is 424
+        found.append({g["name"]: [float(p.grad.sum()) for p in g["params"][:1] if p.grad is not None] for g in groups})
+    whole = 5 / math.sqrt(2 * 3**2 + 2 * 300**2)
+    first, second = found
+    assert first == {"layer 1": [3.0], "layer 3": [3.0], "others": [], "embeddings and norm": []}
+    assert second["layer 1"] == pytest.approx([3 * whole], rel=1e-4)
+    assert second["others"] == pytest.approx([300 * whole], rel=1e-4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -199,11 +199,13 @@ class Hybrid(CoMeSP):
             return lambda s: 0.0 if s < first else min(1.0, (s - first + 1) / rise) * cosine(s, total, 0, self.floor)
         return lambda s: cosine(s, total, warmup, self.floor)
 
+    def waiting(self) -> Collection[str]:
+        return (OTHERS, REST) if self.global_step < round(self.merged_first * self.total_steps) else ()
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """On one device what does not learn yet costs no gradient; sharded gradients are laid out once, before."""
         if self.trainer.world_size == 1 and "DeepSpeed" not in type(self.trainer.strategy).__name__:
-            first = round(self.merged_first * self.total_steps)
             for group in self.trainer.optimizers[0].param_groups:
                 if group.get("name") in (OTHERS, REST):
                     for parameter in group["params"]:
-                        parameter.requires_grad_(self.global_step >= first)
+                        parameter.requires_grad_(group["name"] not in self.waiting())

@@ -329,9 +329,15 @@ class DistillationModule(LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Refuses gradients that are not finite, naming their layer; then clips, each layer by itself in CoMe-mp."""
+        """Refuses gradients that are not finite, naming their layer; then clips, each layer by itself in CoMe-mp.
+
+        Layers whose turn has not come (on several devices they have gradients all the same) take no part.
+        """
         groups = []
         for group in optimizer.param_groups:
+            if group.get("name") in self.waiting():
+                for parameter in group["params"]:
+                    parameter.grad = None
             gradients = [p.grad for p in group["params"] if p.grad is not None]
             if not gradients:  # not its turn, or held by DeepSpeed, which clips by itself
                 continue
@@ -349,6 +355,10 @@ class DistillationModule(LightningModule):
             if bool(scale < 1):
                 for gradient in gradients:
                     gradient.mul_(float(scale))
+
+    def waiting(self) -> Collection[str]:
+        """Parameter groups that do not learn yet."""
+        return ()
 
     # -- forwards ---------------------------------------------------------------------------------------------------
 
