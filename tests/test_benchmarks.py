@@ -101,7 +101,9 @@ def test_the_command_writes_a_table_and_goes_on(tmp_path: Path, capsys: pytest.C
 
     monkeypatch.setattr(run, "measured", here)
     run.main([*options, "--rows", ",".join(run.ROWS)])
-    assert processes == [(name, side) for name in run.ROWS if name != "sleb" for side in ("ours", "naive")]
+    wanted = [(name, side) for name in run.ROWS if name != "sleb" for side in ("ours", "naive")]
+    wanted.remove(("come_p_coarse", "naive"))  # the one of come_p
+    assert processes == wanted
     rows = list(csv.DictReader(out.read_text().splitlines()))
     assert [r["row"] for r in rows] == ["sleb", *(name for name in run.ROWS if name != "sleb")]
     for row in rows:
