@@ -142,11 +142,11 @@ class LoRA(_WholeStudent):
 
 
 class Hybrid(CoMeSP):
-    """Our own best: hidden states on the student's own stream and logit KL, merged layers first, then all together.
+    """Our own best: hidden states on the student's own stream, logit KL and the text's own next token.
 
     Args:
         lr: Peak learning rate of the merged layers.
-        merged_first: Share of the steps in which only merged layers learn.
+        merged_first: Share of the steps in which only merged layers learn, before all do. None measured best.
         second_lr: Peak learning rate of everything in the second part.
         loss: What is compared at the end of layers: mse, kl or cosine.
         match: Compare at the merged layers, or at all layers from the first merged one on.
@@ -161,13 +161,13 @@ class Hybrid(CoMeSP):
     def __init__(
         self,
         lr: Rates = 3e-4,
-        merged_first: float = 0.3,
+        merged_first: float = 0.0,
         second_lr: float = 2e-4,
         loss: Literal["mse", "kl", "cosine"] = "mse",
         match: Literal["merged", "all"] = "merged",
         state_weight: float = 0.1,
         logit_weight: float = 1.0,
-        label_weight: float = 0.0,
+        label_weight: float = 0.5,
         trainable: Literal["layers", "all"] = "all",
         activation_checkpointing: bool = False,
         **kwargs: Any,
