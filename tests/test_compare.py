@@ -171,6 +171,8 @@ def test_methods_are_read() -> None:
     first = read_contender("come:wo-repeat=false,label=mine")
     assert first.label == "mine" and first.arguments == ["--method.name=come", "--method.wo_repeat=false"]
     assert read_contender("come:p=[1,2],rho=0.5").options == (("p", "[1,2]"), ("rho", "0.5"))
+    repaired = read_contender("sleb:refit=all,refit_when=step,weighting=uniform,windows=2").arguments
+    assert repaired[1:] == ["--refit.parts=all", "--refit.when=step", "--refit.weighting=uniform", "--method.windows=2"]
     assert [c.label for c in read_contenders(["come", "come:rho=0.5"])] == ["come", "come rho=0.5"]
 
 

@@ -22,7 +22,12 @@ from come_pl.workflows.tables import write_json
 
 ROOT = Path("runs/compare")
 # options that are of the run, not of its method
-OF_RUNS = {"refit": "--refit.parts", "refit_when": "--refit.when", "sweep": "--refit.sweep"}
+OF_RUNS = {
+    "refit": "--refit.parts",
+    "refit_when": "--refit.when",
+    "sweep": "--refit.sweep",
+    "weighting": "--refit.weighting",
+}
 DEPTHS = (0.9, 0.8, 0.7)  # of the model's layers, where no depths are given
 
 
