@@ -30,7 +30,7 @@ from come_pl.pruning.methods.sleb import SLEB
 from come_pl.pruning.methods.taylor import Taylor, TaylorPlus
 from come_pl.pruning.module import NotFinite, PruningModule
 from come_pl.record import Record, Step
-from come_pl.taps import boundaries
+from come_pl.taps import boundaries, stream_at, targets_of, token_losses
 
 FAMILIES = ("llama", "qwen2-mixed", "opt", "gemma2")
 DROPS = [name for name, method in METHODS.items() if issubclass(method, Drop)]
@@ -175,6 +175,55 @@ def test_sleb_on_some_windows_looks_at_no_others():
         assert steps(module, method, 1) == [naive.index(min(naive))]
     with pytest.raises(ValueError, match="windows 0"):
         SLEB(windows=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("compensate", ["none", "magnitude"])
+def test_bridged_sleb_is_a_map_from_normal_equations_and_a_whole_run(family: str, compensate: Any):
+    """Each candidate's map from sums over the tokens of the second batch, its loss on the first one."""
+    dense = tiny_model(family, layers=6)
+    method = SLEB(windows=1, bridge=2, compensate=compensate)
+    module = measured(dense, method)
+    before = {k: v.clone() for k, v in dense.state_dict().items()}
+    bridged = 0
+    for _ in range(2):
+        depth, record, student = len(module.student), module.record, module.student
+        ids, mask, naive = IDS[:2], MASK[:2], [math.inf] * len(module.student)
+        for j in range(1, depth - 1):
+            end = record.groups[j][-1] + 1
+            here = [s[j] for s in streams(module.student_model)[2:4]]  # (tokens, hidden) of each window of batch 1
+            there = [s[end] * record.scale_at(end) for s in streams(module.teacher_model)[2:4]]
+            x, t = torch.cat(here), torch.cat(there)
+            w = 1 / t.square().mean(-1, keepdim=True)
+            a, b = (w * x).T @ x, (w * (t - x)).T @ x
+            fit = method.equations(module, record, j).solve()
+            change = torch.zeros_like(a)
+            if fit is not None:
+                bridged += 1
+                change = b @ torch.linalg.inv(a + fit.strength * a.diagonal().mean() * torch.eye(len(a)))
+                torch.testing.assert_close(fit.change.double(), change, rtol=1e-3, atol=1e-5)
+            with torch.no_grad():
+                hidden = stream_at(student, j, ids, attention_mask(mask))
+                hidden = hidden + (hidden.double() @ change.T).float()
+                final = student.run(ids, attention_mask(mask), start=j + 1, hidden=hidden)
+                naive[j] = float(token_losses(student, final, ids, mask).sum() / targets_of(mask).sum())
+        [chosen] = steps(module, method, 1)
+        found = record.steps[-1].scores["loss_bridged"]
+        assert chosen == naive.index(min(naive)) and found[chosen] == pytest.approx(naive[chosen], rel=1e-5)
+        assert all(a == pytest.approx(b, rel=1e-5) or a == math.inf and b > min(naive) for a, b in zip(found, naive))
+    assert bridged > 0
+    assert all(torch.equal(v, before[k]) for k, v in dense.state_dict().items())
+
+
+def test_bridges_need_windows_of_their_own():
+    with pytest.raises(ValueError, match="bridge 4: its windows follow those .* give --windows"):
+        SLEB(bridge=4)
+    with pytest.raises(ValueError, match="bridge -1"):
+        SLEB(windows=1, bridge=-1)
+    method = SLEB(windows=3, bridge=1)  # 3 are rounded up to both batches
+    module = measured(tiny_model(layers=5), method)
+    with pytest.raises(NoSite, match="bridge 1: no batch of calibration windows is left after those of --windows 3"):
+        method(module, {}, module.record, remove=1)
 
 
 @pytest.mark.parametrize("monitor", [1, 8])

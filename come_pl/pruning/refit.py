@@ -207,21 +207,8 @@ class Refit:
             inputs = batch["input_ids"], batch["attention"]
             x = projection_input(student, index, path, *inputs, module.stream(number, index))
             wanted = projection_input(teacher, source, path, *inputs, module.teacher_stream(number, source))
-            self._add(equations, batch, x, wanted.float() - x.float(), batch["mask"].float())
-        return self._summed(module, equations)
-
-    def _add(self, equations: NormalEquations, batch: dict[str, Any], x: Tensor, r: Tensor, weight: Tensor) -> None:
-        folds = f"folds of {self.folds}"
-        if folds not in batch:  # asked once: `tolist()` waits for the device
-            # by content: which process a window is on, or its place in a batch, must not matter
-            batch[folds] = (batch["input_ids"].sum(1) % self.folds).tolist()
-        for window, fold in enumerate(batch[folds]):
-            equations.add(x[window], r[window], weight[window], fold)
-
-    def _summed(self, module: PruningModule, equations: NormalEquations) -> NormalEquations:
-        for values in equations.sums:
-            values.copy_(module.sum(values))
-        return equations
+            equations.add_windows(batch, x, wanted.float() - x.float(), batch["mask"].float())
+        return equations.summed(module.sum)
 
     @torch.inference_mode()
     def equations(
@@ -254,5 +241,5 @@ class Refit:
             out, x = layer_run(student, place, path, batch["input_ids"], batch["attention"], hidden, layer)
             weight = token_weights(target, batch["mask"], self.weighting)
             residual = target.float() - out.float()
-            self._add(equations, batch, x, residual, weight)
-        return self._summed(module, equations)
+            equations.add_windows(batch, x, residual, weight)
+        return equations.summed(module.sum)

@@ -10,8 +10,9 @@ error on folds that the fit has not seen; it is found by walking along a grid fr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,21 @@ class NormalEquations:
         self.b[fold] += r.T @ x
         self.c[fold] += r.square().sum(dtype=torch.float64)
         self.tokens += (root > 0).sum()
+
+    def add_windows(self, batch: dict[str, Any], x: Tensor, r: Tensor, weight: Tensor) -> None:
+        """The windows of a batch: x, r (batch, seq, width), weight (batch, seq). A window's fold goes by its content:
+        which process it is on, or its place in a batch, must not matter."""
+        name = f"folds of {len(self.c)}"
+        if name not in batch:  # asked once: `tolist()` waits for the device
+            batch[name] = (batch["input_ids"].sum(1) % len(self.c)).tolist()
+        for window, fold in enumerate(batch[name]):
+            self.add(x[window], r[window], weight[window], fold)
+
+    def summed(self, total: Callable[[Tensor], Tensor]) -> NormalEquations:
+        """With the sums of all processes; `total` adds up one tensor."""
+        for values in self.sums:
+            values.copy_(total(values))
+        return self
 
     @property
     def sums(self) -> tuple[Tensor, ...]:

@@ -27,6 +27,7 @@ SCORES = {  # key -> (panel title, colour bar label)
     "block_influence": ("Block influence: how much each layer changes the hidden state", "1 − cosine(in, out)"),
     "span_distance": ("Span distance: how far the hidden state moves across each merge site", "distance"),
     "loss_without": ("Calibration loss without each layer", "nats per token"),
+    "loss_bridged": ("Calibration loss with a linear map in each layer's place", "nats per token"),
     "angular_distance": ("Angular distance: how far the last token turns across each block", "angle / π"),
     "magnitude": ("Magnitude: how large each layer's weights are", "reduced |W|"),
     "taylor": ("Taylor: how much each layer's weights matter to the loss, to first order", "reduced |W · ∂L/∂W|"),
