@@ -190,14 +190,14 @@ def test_what_it_says_of_a_recovered_run(runs: dict[str, Path]) -> None:
     story = read_story(runs["full"])
     said = summary(story)
     assert said == (
-        "4 of 12 layers were removed by merging neighbours (CoMe), which took perplexity from 20.00 to 180.0 (9.0×); "
-        "training on 49,152 tokens (CoMe-mp) brought it to 60.00 (3.0×)."
+        "4 of 12 layers were removed by merging neighbours (CoMe), which took perplexity from 20.00 to 180.0 (9.00×); "
+        "training on 49,152 tokens (CoMe-mp) brought it to 60.00 (3.00×)."
     )
     assert won_back(PERPLEXITY | {"recovered": 60.0}) == pytest.approx(0.5)  # 180 → 60 → 20: half of two factors of 3
     values = {tile.heading: tile.value for tile in tiles(story)}
     assert values == {
         "Removed": "4 of 12 layers",
-        "What it cost": "9.0× perplexity",
+        "What it cost": "9.00× perplexity",
         "Won back": "50% of the damage",
         "Gained": "1.25× as fast",
         "Tasks": "80% kept",

@@ -125,7 +125,7 @@ def test_pictures_and_their_text_alternatives(tmp_path: Path, dense: int, final:
     folder = write(tmp_path / "run", synthetic(dense, final, kind, item), run_file(dense))
     size, words = picture(merge_map(folder))
     assert 900 < size[0] < 1600 and dense * 25 < size[1] < dense * 40 + 600
-    assert f"{dense} layers became {final}" in words and "28.6 → 165.2 (5.8×)" in words
+    assert f"{dense} layers became {final}" in words and "28.6 → 165.2 (5.78×)" in words
     assert ("Dropped: " in words) == (kind == "drop") and ("Merged layers" in words) == (kind == "merge")
     size, words = picture(importance(folder))
     assert 1200 < size[0] < 2200 and 600 < size[1] < 2600

@@ -113,7 +113,7 @@ def _finding(steps: Sequence[Step], final: State, run: dict[str, Any], dense: in
         numbers = [float(v) for v in pair if isinstance(v, int | float) and v > 0]
         if len(numbers) == 2:  # no-break spaces keep the comparison on one line
             was, now = (f"{v:,.{0 if v >= 1000 else 1}f}" for v in numbers)
-            change = f"perplexity {was} → {now} ({numbers[1] / numbers[0]:,.1f}×) on {Path(data).name}"
+            change = f"perplexity {was} → {now} ({numbers[1] / numbers[0]:,.2f}×) on {Path(data).name}"
             return title + "\u00a0· " + change.replace(" ", "\u00a0")
     return title
 

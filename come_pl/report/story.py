@@ -175,9 +175,9 @@ def summary(story: Story) -> str:
     text, row = main_text(story.perplexity)
     if "dense" in row and "pruned" in row:
         words += f", which took perplexity from {number(row['dense'])} to {number(row['pruned'])} "
-        words += f"({number(times(row, 'pruned'), 1)}×)"
+        words += f"({number(times(row, 'pruned'))}×)"
     if "dense" in row and "recovered" in row:
-        now = f"{number(row['recovered'])} ({number(times(row, 'recovered'), 1)}×)"
+        now = f"{number(row['recovered'])} ({number(times(row, 'recovered'))}×)"
         words += f"; {_training(story)} brought it to {now}"
     return words + "."
 
@@ -209,11 +209,11 @@ def tiles(story: Story) -> list[Tile]:
     found = [Tile("Removed", f"{gone} of {story.dense} layers", f"{story.dense} → {story.layers} layers{size}", "cut")]
     if "dense" in row and "pruned" in row:
         words = f"perplexity {number(row['dense'])} → {number(row['pruned'])} on {text}, before any training"
-        found.append(Tile("What it cost", f"{number(times(row, 'pruned'), 1)}× perplexity", words, "cost"))
+        found.append(Tile("What it cost", f"{number(times(row, 'pruned'))}× perplexity", words, "cost"))
     if "dense" in row and "recovered" in row:
         back = won_back(row)
         words = (f"{number(row['pruned'])} → {number(row['recovered'])} " if "pruned" in row else "") + "by training"
-        words += f", now {number(times(row, 'recovered'), 1)}× dense"
+        words += f", now {number(times(row, 'recovered'))}× dense"
         value = f"{back:.0%} of the damage" if back is not None else f"perplexity {number(row['recovered'])}"
         words += "; damage: the nats a token that pruning added" if back is not None else ""
         found.append(Tile("Won back", value, f"perplexity {words}", "won"))
