@@ -7,7 +7,7 @@ Each row is one method on one model, ours and as in `benchmarks/naive.py`, on th
 of steps, by turns, each time in a process of its own. `growth` is plain CoMe on random Llamas (`--growth`),
 `statistics` the pass that CoMe's statistics are collected in, also told in units of the bare forward of the layers
 (`bare`). `same`: steps with the same layers and ratio on both sides; the naive side of `come_p_coarse` tries every
-ratio.
+ratio, and is run once for both rows.
 
 A pass is a run of every decoder layer of the dense model over all calibration tokens, counted by hooks; what is run
 after a step to monitor it is part of ours. A finished row of `--out` is not run again.
@@ -103,13 +103,12 @@ def measured(task: dict[str, Any], side: str) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def row(task: dict[str, Any], known: dict[str, dict[str, Any]] | None = None) -> dict[str, Any]:
+def row(task: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Both sides, by turns.
 
     Args:
-        known: naive runs of rows before, which this one may share.
+        known: naive runs of rows before, which this one may share; its own are added.
     """
-    known = {} if known is None else known
     sides: dict[str, list[dict[str, Any]]] = {"ours": []}
     if task["naive_dtype"] != "none":
         sides["naive"] = []
