@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks import naive
 from benchmarks.cost import counted
-from come_pl import models
+from come_pl import memory, models
 from come_pl.data import CalibrationData
 from come_pl.decoder import Decoder, Family, family_of
 from come_pl.pruning.loop import ProgressivePruning
@@ -73,7 +73,9 @@ def load(name: str, dtype: str) -> Any:
         initializer_range=hidden**-0.5,  # so that every layer changes the stream by a fair share
     )
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=models.resolve_dtype(dtype, False)).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=models.resolve_dtype(dtype, False)).eval()
+    memory.reuse()  # as for a model that is loaded
+    return model
 
 
 def calibration(name: str, source: str, tokens: int, seqlen: int, batch_size: int = 2) -> CalibrationData:

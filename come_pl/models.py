@@ -8,8 +8,6 @@ pickle is read.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import hashlib
 import importlib.util
 import json
@@ -25,7 +23,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from come_pl import tensors
+from come_pl import memory, tensors
 from come_pl.decoder import Decoder, family_of
 from come_pl.offload import Offload, Store, absent, matrices, present, stored, watch
 from come_pl.tensors import Scratch
@@ -164,7 +162,7 @@ def load_model(name: str, dtype: str = "auto", offload: Offload = "none", scratc
     wanted = resolve_dtype(dtype, torch.cuda.is_available())
     with _reading(name):
         if offload == "disk":
-            _map_large_blocks()
+            memory.map_large()
             model, missing = _from_disk(where, config, wanted, Store(Scratch(scratch)))
         else:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -185,7 +183,9 @@ def load_model(name: str, dtype: str = "auto", offload: Offload = "none", scratc
     if not model.config.architectures:
         model.config.architectures = [type(model).__name__]
     check_finite(model, name)
-    _give_back_memory()
+    memory.give_back()  # loading used a tenth of the demo model beside it
+    if offload != "disk":
+        memory.reuse()
     return model.eval()
 
 
@@ -277,19 +277,6 @@ def _entries(path: str) -> dict[str, tensors.Entry]:
             "another kind (.bin) is first loaded and saved again with save_pretrained"
         )
     return {name: entry for file in files for name, entry in tensors.entries(Path(file)).items()}  # type: ignore[arg-type]
-
-
-def _give_back_memory() -> None:
-    """What loading used for a while goes back to the system: glibc keeps it (a tenth of the demo model)."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # another C library, another system
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def _map_large_blocks() -> None:
-    """From here on glibc gives each block above 1 MiB back at once: matrices that come and go leave no holes."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
 
 
 def check_finite(model: nn.Module, name: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 from cli import ROOT
 
 ROOMS = (
+    "memory",
     *("tensors", "offload", "decoder", "surgery", "taps", "record", "runs", "text", "models", "windows", "data"),
     *("pruning", "distillation", "evaluation", "report", "workflows", "cli"),
     "compare",  # a door: `python -m come_pl.compare`
