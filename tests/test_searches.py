@@ -14,12 +14,13 @@ from test_come import IDS, MASK, decide, measured, naive_loss, one_pass, rebuilt
 from benchmarks.cost import counted
 from come_pl.decoder import Decoder
 from come_pl.pruning.methods.base import Decision
-from come_pl.pruning.methods.come import keep
+from come_pl.pruning.methods.come import CoMe, keep
 from come_pl.pruning.methods.come_p import CoMeP, best, first_stride, least, most_tried
 from come_pl.pruning.methods.fusegpt import FuseGPT
 from come_pl.pruning.methods.laco import LaCo
 from come_pl.pruning.methods.sleb import SLEB
 from come_pl.pruning.module import PruningModule
+from come_pl.pruning.race import Race
 from come_pl.record import Record
 from come_pl.surgery import concatenate, dominant, reindex
 
@@ -243,3 +244,70 @@ def test_the_counter_counts_whoever_runs():
     assert cost.passes == pytest.approx(real / TOKENS) and cost.head_passes == pytest.approx(real / TOKENS)
     naive_loss(model)
     assert cost.layer_runs == 4 * len(IDS), "nothing is counted outside"
+
+
+# -- races -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_race_is_lost_by_paired_differences():
+    """Against the formula over all tokens seen, whatever the looks; what is not counted is zero on both sides."""
+    generator = torch.Generator().manual_seed(0)
+    counted_tokens = torch.rand(2, 3, 40, generator=generator) > 0.3  # (batch, window, token)
+    best = torch.rand(2, 3, 40, generator=generator).where(counted_tokens, 0.0)
+    looks = [(0, slice(0, 1)), (0, slice(1, 2)), (0, slice(2, 3)), (1, slice(None))]
+    decisions = []
+    for worse in (-0.5, 0.0, 0.1, 0.2, 0.5):
+        race = Race(errors=3.0)
+        assert not any(race.lost((b, slice(None)), best[b], counted_tokens[b]) for b in range(2)) and not race.leading
+        race.won()
+        race.begin()
+        noise = torch.randn(best.shape, generator=generator) * 0.7
+        own = (best + worse + noise).where(counted_tokens, 0.0)
+        seen: list[torch.Tensor] = []
+        for batch, rows in looks:
+            seen.append((own - best)[batch, rows][counted_tokens[batch, rows]].double())
+            d = torch.cat(seen)
+            expected = float(d.mean()) > 3.0 * float(d.std(correction=0)) / math.sqrt(len(d))
+            assert race.lost((batch, rows), own[batch, rows], counted_tokens[batch, rows]) == expected
+            decisions.append(expected)
+    assert 3 < sum(decisions) < len(decisions) - 3 and not any(decisions[:4])
+    assert race.lost((0, slice(0, 1)), torch.full((1, 40), math.nan), counted_tokens[0, :1])
+
+
+def test_a_candidate_that_is_clearly_worse_runs_one_window():
+    module = measured(tiny_model(layers=6), CoMe())
+    race = Race()
+    with counted(module.student_model, TOKENS) as cost:
+        best = module.loss(4, skip=[4], race=race)
+    assert best == module.loss(4, skip=[4]) and race.leading
+    assert cost.layer_runs == BATCHES, "nothing to compare with, nothing to look at singly"
+    race._best = {index: losses - 1 for index, losses in race._best.items()}
+    with counted(module.student_model, TOKENS) as cost:
+        assert module.loss(4, skip=[4], race=race) == math.inf
+    assert cost.layer_runs == 1 and cost.layer_tokens == IDS.shape[1]
+    race._best = {index: losses + 1 for index, losses in race._best.items()}
+    with counted(module.student_model, TOKENS) as cost:
+        assert module.loss(4, skip=[4], race=race) == pytest.approx(best, rel=1e-6)
+    assert cost.layer_runs == 2 + BATCHES - 1 and cost.layer_tokens == TOKENS
+
+
+@pytest.mark.parametrize("errors", [math.inf, 4.0, 0.0])
+@pytest.mark.parametrize("method", [CoMeP(race=True), SLEB(race=True)])
+def test_a_race_finds_what_the_search_does(method: Any, errors: float, monkeypatch: pytest.MonkeyPatch):
+    """With no error allowed, whatever is above the best after the first window is given up: cheaper, and still a
+    candidate that led to the end."""
+    statistics = SPAN if isinstance(method, CoMe) else {}
+    name = "ratio_loss" if isinstance(method, CoMe) else "loss_without"
+    found = {}
+    for raced in (False, True):
+        method.race = raced
+        monkeypatch.setattr("come_pl.pruning.race.Race.__init__.__defaults__", (errors,))
+        module = measured(tiny_model(layers=6, seed=1), method)
+        with counted(module.student_model, TOKENS) as cost:
+            step = decide(module, method, remove=1, **statistics).step
+        found[raced] = (step.layers, step.ratio, step.scores[name], cost.layer_tokens)
+    exact, race = found[False], found[True]
+    if errors > 0:
+        assert race[:2] == exact[:2]
+    assert min(exact[2]) * (1 - 1e-6) <= min(race[2]) < min(exact[2]) * 1.01
+    assert race[3] < exact[3] if errors == 0 else race[3] <= exact[3]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from come_pl import record as records
 from come_pl.decoder import Decoder, attention_mask
 from come_pl.offload import Offload, Store, aside, matrices, take_back
+from come_pl.pruning.race import Look, Race
 from come_pl.pruning.streams import Block, Cache, FileBlock, Streams
 from come_pl.record import Record, Step
 from come_pl.surgery import share
@@ -123,15 +124,16 @@ class PruningModule(LightningModule):
                 # asked once: `all()` waits for the device
                 self.batches.append(batch | {"attention": attention_mask(batch["mask"])})
                 self._states.append(None)
-                if batch_idx in self.first_batches(self.monitor_windows):
-                    self._teacher_final[batch_idx] = self.teacher.run(*_inputs(self.batches[batch_idx]))
-            if not self.needs:  # a method that looks at weights only
-                return
-            if self.pass_windows is not None and batch_idx not in self.first_batches(self.pass_windows):
-                return
-            if batch_idx not in self._ahead:
-                self._measure(batch_idx)
-            if self.cache != "none":
+            final = None
+            # not for a method that looks at weights only
+            wanted = bool(self.needs) and batch_idx in self.first_batches(self.pass_windows)
+            if wanted and batch_idx not in self._ahead:
+                final = self._measure(batch_idx)
+            if batch_idx in self.first_batches(self.monitor_windows) and batch_idx not in self._teacher_final:
+                if final is None or self.record.steps:  # else the student is the dense model still
+                    final = self.teacher.run(*_inputs(self.batches[batch_idx]))
+                self._teacher_final[batch_idx] = final
+            if wanted and self.cache != "none":
                 self.valid = len(self.student)
 
     def _measure(self, batch_idx: int) -> Tensor:
@@ -148,7 +150,7 @@ class PruningModule(LightningModule):
             found = hooks.enter_context(boundaries(self.student, self.start, into))
             if "channel_intensity" in self.needs:
                 hooks.enter_context(projection_inputs(self.student, self.start, seen))
-            final = self._forward(batch_idx, self.start)
+            final = self._forward((batch_idx, slice(None)), self.start)
         if kept is not None and into is None:
             # the embeddings change too when the stream is scaled
             for boundary in range(self.start + 1 if self.start else 0, len(self.student) + 1):
@@ -169,12 +171,12 @@ class PruningModule(LightningModule):
     def _back(self, kept: Block, boundary: int) -> Tensor:
         return kept[boundary].to(self.device, non_blocking=True)
 
-    def _forward(self, batch_idx: int, start: int, **arrangement: Any) -> Tensor:
-        batch, kept = self.batches[batch_idx], self._states[batch_idx]
+    def _forward(self, look: Look, start: int, **arrangement: Any) -> Tensor:
+        kept = self._states[look[0]]
         if kept is None:
             start = 0
-        hidden = kept[start] if kept is not None and start else None
-        return self.student.run(*_inputs(batch), start=start, hidden=hidden, **arrangement)
+        hidden = kept[start][look[1]] if kept is not None and start else None
+        return self.student.run(*_inputs(self._windows(look)), start=start, hidden=hidden, **arrangement)
 
     # -- what methods may ask for -----------------------------------------------------------------------------------
 
@@ -212,6 +214,7 @@ class PruningModule(LightningModule):
         swap: Mapping[int, nn.Module] | None = None,
         bound: float = math.inf,
         windows: int | None = None,
+        race: Race | None = None,
     ) -> float:
         """Calibration loss (nats a token) of the student with layers skipped or swapped.
 
@@ -220,20 +223,45 @@ class PruningModule(LightningModule):
             bound: a loss already found; infinity is returned for one above it, as soon as that is sure. One that
                 equals it is returned: which of equals wins is the caller's to say.
             windows: only the first so many of all processes, rounded up to whole batches.
+            race: give up, too, what is clearly above the best that this race has seen; a loss that is returned leads
+                it from then on. The first windows are looked at one by one.
         """
         targets = self.targets(windows)
         # (nats, processes that gave up), on the device: only a bound makes the host wait for each batch
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for index in self.first_batches(windows):
-            batch = self.batches[index]
-            hidden = self._forward(index, start, skip=skip, swap=swap)
-            total[0] += token_losses(self.student, hidden, batch["input_ids"], batch["mask"]).sum(dtype=torch.float64)
+        if race is not None:
+            race.begin()
+        for look in self._looks(windows, race is not None and race.leading):
+            batch = self._windows(look)
+            hidden = self._forward(look, start, skip=skip, swap=swap)
+            losses = token_losses(self.student, hidden, batch["input_ids"], batch["mask"])
+            total[0] += losses.sum(dtype=torch.float64)
             # a quotient, as what is returned: bound * targets may round to below the sum that made the bound
             if bound < math.inf and float(total[0]) / targets > bound:
                 total[1] = 1  # this process alone is above the bound, so the sum is
                 break
+            if race is not None and race.lost(look, losses, targets_of(batch["mask"])):
+                total[1] = 1
+                break
         nats, gave_up = self.sum(total).tolist()
-        return math.inf if gave_up or nats / targets > bound else nats / targets
+        if gave_up or nats / targets > bound:
+            return math.inf
+        if race is not None:
+            race.won()
+        return nats / targets
+
+    def _looks(self, windows: int | None, singly: bool) -> Iterator[Look]:
+        """The first windows of all processes in order: batches, the first of them one window at a time if `singly`."""
+        for number, index in enumerate(self.first_batches(windows)):
+            if singly and number == 0:
+                yield from ((index, slice(row, row + 1)) for row in range(len(self.batches[index]["input_ids"])))
+            else:
+                yield index, slice(None)
+
+    def _windows(self, look: Look) -> dict[str, Any]:
+        """Some windows of a batch."""
+        index, rows = look
+        return {name: value if value is None else value[rows] for name, value in self.batches[index].items()}
 
     def targets(self, windows: int | None = None) -> float:
         """Predicted tokens of the calibration windows, or the first so many, of all processes; at least 1."""
@@ -340,7 +368,7 @@ class PruningModule(LightningModule):
                 hidden = self._measure(index)
                 self._ahead.add(index)
             else:
-                hidden = self._forward(index, self.start)
+                hidden = self._forward((index, slice(None)), self.start)
             losses, divergence = losses_and_divergences(
                 self.student, hidden, self.teacher, teacher_final, batch["input_ids"], batch["mask"]
             )

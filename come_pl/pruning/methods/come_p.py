@@ -7,6 +7,7 @@ Pairs only; g = 20. A candidate is an index selection of two layers' weights and
 loss is already above the best is given up, which changes no choice. So that this happens early, every 4th point of the
 grid comes first, then the points around the best at half the distance, and so on down to its neighbours; `full` then
 tries all the others, those near the best first, `coarse` ends there, with a point that is no worse than its neighbours.
+`race` gives up a candidate as soon as it is clearly above the best of the same tokens (`come_pl/pruning/race.py`).
 
 Differs from the released code in: it runs (there the ratio is used before it is set); the whole model is not copied
 for each candidate; and what CoMe's own file lists.
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from come_pl.pruning.methods.base import Decision
 from come_pl.pruning.methods.come import CoMe, pick, sensitivity
 from come_pl.pruning.methods.common import check
+from come_pl.pruning.race import Race
 from come_pl.record import Record
 from come_pl.surgery import Kept, Norm, concatenate, dominant
 
@@ -86,6 +88,8 @@ class CoMeP(CoMe):
         span_tokens: Tokens that the span distance is taken over: last (of each window) or all.
         search: Points of the grid that are tried: full (all; the least loss is found), or coarse (every 4th of 20, then
             those around the best; fewer than half, and a loss no higher than at the points beside it).
+        race: Stop measuring a candidate that is clearly worse than the best after a part of the text; the same choice
+            unless chance is against it.
     """
 
     def __init__(
@@ -96,12 +100,13 @@ class CoMeP(CoMe):
         skip_method: Literal["bi", "sleb", "mka"] = "bi",
         span_tokens: Literal["last", "all"] = "all",
         search: Search = "full",
+        race: bool = False,
     ):
         if granularity < 1:
             raise ValueError(f"granularity {granularity}: at least 1 interval")
         check(search=(search, Search))
         super().__init__(rho=0.0, norm=norm, wo_repeat=wo_repeat, skip_method=skip_method, span_tokens=span_tokens)
-        self.granularity, self.search = granularity, search
+        self.granularity, self.search, self.race = granularity, search, race
 
     def __call__(
         self, module: PruningModule, statistics: dict[str, Tensor], record: Record, *, remove: int
@@ -110,6 +115,7 @@ class CoMeP(CoMe):
         assert step.ratio is not None
         student, layers = module.student, [module.student.layers[i] for i in step.layers]
         scores = [sensitivity(student, i, statistics) for i in step.layers]  # the same for every candidate
+        race = Race() if self.race else None
         winner: tuple[float, int, list[float], list[Kept], nn.Module] | None = None
 
         def loss(tick: int, bound: float) -> float:
@@ -120,7 +126,7 @@ class CoMeP(CoMe):
             # it runs in the place of the layer whose config entries (sliding window, rotary table) it will have
             place = step.layers[dominant(ratio)]
             skip = [i for i in step.layers if i != place]
-            value = module.loss(step.layers[0], swap={place: candidate}, skip=skip, bound=bound)
+            value = module.loss(step.layers[0], swap={place: candidate}, skip=skip, bound=bound, race=race)
             if value < math.inf and (winner is None or (value, tick) < winner[:2]):
                 winner = (value, tick, ratio, kept, candidate)
             return value

@@ -6,7 +6,8 @@ Defaults of the released code: b = 1, WikiText-2, windows of 2048 tokens. CoMe's
 
 A candidate runs from l upward, on the streams kept at every boundary, and is given up once its partial loss is above
 the best so far: neither changes a choice; a loss given up is infinite in the scores. So that this happens early, what
-the last step could have spared best comes first, and without a step before, what has the fewest layers to run.
+the last step could have spared best comes first, and without a step before, what has the fewest layers to run. `race`
+gives up a candidate as soon as it is clearly above the best of the same tokens (`come_pl/pruning/race.py`).
 
 `bridge` judges a candidate as a repair in closed form would leave it: in the layer's place stands the linear map that
 leads the student's stream best to the teacher's after what is dropped, solved on windows of its own:
@@ -32,6 +33,7 @@ from come_pl.pruning.methods.base import Decision, NoSite
 from come_pl.pruning.methods.common import check
 from come_pl.pruning.methods.drops import Drop, rounded
 from come_pl.pruning.module import NotFinite, PruningModule
+from come_pl.pruning.race import Race
 from come_pl.pruning.refit import token_weights
 from come_pl.pruning.regression import NormalEquations
 from come_pl.record import Record
@@ -56,18 +58,22 @@ class SLEB(Drop):
         windows: Calibration windows that losses are measured on, rounded up to whole batches; all without it.
         bridge: Judge each candidate with a linear map in its place, solved on so many windows after those; 0: with
             nothing in its place, as published. For runs with --refit. Needs `windows`.
+        race: Stop measuring a candidate that is clearly worse than the best after a part of the text; the same choice
+            unless chance is against it.
     """
 
     needs = frozenset({"streams"})
 
-    def __init__(self, barriers: int = 1, windows: int | None = None, bridge: int = 0, **options: Any):
+    def __init__(
+        self, barriers: int = 1, windows: int | None = None, bridge: int = 0, race: bool = False, **options: Any
+    ):
         super().__init__(**options)
         check(windows=(windows, 1), bridge=(bridge, 0))
         if bridge and windows is None:
             raise ValueError(f"bridge {bridge}: its windows follow those that losses are measured on; give --windows")
         if barriers < 0:
             raise ValueError(f"barriers {barriers}: the number of protected layers at either end is not negative")
-        self.barriers, self.windows, self.bridge = barriers, windows, bridge
+        self.barriers, self.windows, self.bridge, self.race = barriers, windows, bridge, race
         self.pass_windows = None if windows is None else windows + bridge
         self.spares_teacher = not bridge
         self.score_name = "loss_bridged" if bridge else "loss_without"
@@ -81,9 +87,10 @@ class SLEB(Drop):
                 "that are to be left; give a smaller --barriers or a larger --target_layers"
             )
         losses = [math.inf] * record.layers
-        best = math.inf
+        best, race = math.inf, Race() if self.race else None
         for layer in self.order(record):
-            losses[layer] = module.loss(layer, **self.instead(module, record, layer), bound=best, windows=self.windows)
+            instead = self.instead(module, record, layer)
+            losses[layer] = module.loss(layer, **instead, bound=best, windows=self.windows, race=race)
             best = min(best, losses[layer])
         if best == math.inf:
             raise NotFinite("the calibration loss without any layer is not finite; the model overflows in this dtype")
