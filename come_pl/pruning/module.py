@@ -51,8 +51,8 @@ class PruningModule(LightningModule):
             layers). The result is the same.
         cache_gib: Memory for the streams, of the dense model's and the pruned one's together, in GiB; batches beyond
             it are kept on disk. Without it, all are in memory. For cache ram.
-        monitor: Number of calibration windows, rounded up to whole batches, on which loss and KL(teacher || student)
-            are measured after each step.
+        monitor: Number of calibration windows on which loss and KL(teacher || student) are measured after each step;
+            of several processes each has the same share, rounded up.
     """
 
     def __init__(
@@ -129,10 +129,12 @@ class PruningModule(LightningModule):
             wanted = bool(self.needs) and batch_idx in self.first_batches(self.pass_windows)
             if wanted and batch_idx not in self._ahead:
                 final = self._measure(batch_idx)
-            if batch_idx in self.first_batches(self.monitor_windows) and batch_idx not in self._teacher_final:
-                if final is None or self.record.steps:  # else the student is the dense model still
-                    final = self.teacher.run(*_inputs(self.batches[batch_idx]))
-                self._teacher_final[batch_idx] = final
+            monitored = self._monitored().get(batch_idx)
+            if monitored is not None and batch_idx not in self._teacher_final:
+                if final is None or self.record.steps:
+                    final = self.teacher.run(*_inputs(self._windows((batch_idx, monitored))))
+                # else the student is the dense model still
+                self._teacher_final[batch_idx] = final[: monitored.stop]
             if wanted and self.cache != "none":
                 self.valid = len(self.student)
 
@@ -348,6 +350,14 @@ class PruningModule(LightningModule):
             taken += len(batch["input_ids"])
         return found
 
+    def _monitored(self) -> dict[int, slice]:
+        """Which windows of which batches are monitored."""
+        left, found = -(-self.monitor_windows // self.world), {}
+        for index in self.first_batches(self.monitor_windows):
+            count = min(left, len(self.batches[index]["input_ids"]))
+            found[index], left = slice(0, count), left - count
+        return found
+
     @property
     def world(self) -> int:
         """Number of processes."""
@@ -362,15 +372,16 @@ class PruningModule(LightningModule):
                 measured now, while they run.
         """
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
-        for index, teacher_final in self._teacher_final.items():
-            batch = self.batches[index]
+        for look in self._monitored().items():
+            index, rows = look
+            batch = self._windows(look)
             if ahead and self.needs and index in self.first_batches(self.pass_windows):
-                hidden = self._measure(index)
+                hidden = self._measure(index)[rows]
                 self._ahead.add(index)
             else:
-                hidden = self._forward((index, slice(None)), self.start)
+                hidden = self._forward(look, self.start)
             losses, divergence = losses_and_divergences(
-                self.student, hidden, self.teacher, teacher_final, batch["input_ids"], batch["mask"]
+                self.student, hidden, self.teacher, self._teacher_final[index], batch["input_ids"], batch["mask"]
             )
             sums += torch.stack(
                 [
