@@ -256,7 +256,7 @@ def test_sources_follow_whole_layers() -> None:
 
 @pytest.mark.parametrize("parts", ["down", "both", "all"])
 def test_at_the_end_is_a_sweep_over_an_unrepaired_student(parts: Any) -> None:
-    module, record, refit = ready("llama", Step("drop", [2]), parts=parts, when="end", folds=2)
+    module, record, refit = ready("llama", Step("drop", [2]), parts=parts, when="end", folds=2, ahead=0)
     second = Step("drop", [2])
     refit.after(module, record.steps[0], record, last=False)
     assert record.steps[0].weights is None and "refit_error" not in record.steps[0].scores
@@ -377,6 +377,7 @@ def test_layer_run_gives_the_layers_own_output_and_input() -> None:
     [
         ({"parts": "none", "sweep": 1}, "needs --refit"),
         ({"parts": "down", "sweep": -1}, "sweep -1"),
+        ({"parts": "down", "ahead": -1}, "ahead -1"),
         ({"folds": 1}, "folds 1"),
     ],
 )
@@ -409,3 +410,51 @@ def test_prune_with_refit_from_the_command_line(tmp_path: Path) -> None:
     assert refused.returncode == 2 and "needs --refit" in refused.stderr
     nothing = run("prune.py", *common, "--resume", cwd=tmp_path)
     assert nothing.returncode == 2 and "no run to go on with" in nothing.stderr
+
+
+def test_layers_below_a_long_gap_begin_what_it_was_there_for() -> None:
+    record = Record(12)
+    record.steps = [Step("drop", [0])]
+    record.steps[0].groups = [[0], [1], [2], [3, 4, 5, 6, 7], [8], [9, 10, 11]]
+    expected = {1: [(1 / 3, 4, 8)], 2: [(2 / 3, 4, 8)], 4: [(1 / 2, 10, 12)]}
+    assert Refit("down", ahead=2).gaps_ahead(record) == expected
+    assert Refit("down", ahead=1).gaps_ahead(record) == {2: [(1 / 2, 4, 8)], 4: [(1 / 2, 10, 12)]}
+    assert Refit("down", ahead=0).gaps_ahead(record) == {}
+    record.steps[0].groups = [[0, 1, 2, 3, 4], [5], [6, 7], [8, 9, 10, 11]]
+    assert Refit("down").gaps_ahead(record) == {2: [(1 / 2, 9, 12)]}, "nothing is below the first layer"
+
+
+@pytest.mark.parametrize("scale", [None, 1.5])
+def test_the_target_of_a_layer_ahead_of_a_gap(scale: float | None) -> None:
+    """What it lacks, and the weights of its tokens, written out; in units of what compensated drops scaled it by."""
+    module, _, refit = ready("llama", Step("drop", [3], scale=scale), weighting="inverse")
+    module.changed_from(0)
+    module.reach(4)
+    found = refit.equations(module, 1, "mlp.down_proj", 2, gaps=[(0.25, 3, 4)])
+    below, above = scale or 1.0, 1.0
+    total = 0.0
+    for number, batch in enumerate(module.batches):
+        dense = [module.teacher_stream(number, b).double() for b in range(6)]
+        target = (below * dense[2] + 0.25 * (above * dense[4] - below * dense[3]))[batch["mask"]]
+        out = module.stream(number, 2)[batch["mask"]].double()
+        total += float(((target - out).square().sum(-1) / target.square().mean(-1)).sum())
+    assert float(found.c.sum()) == pytest.approx(total, rel=1e-4)
+    plain = refit.equations(module, 1, "mlp.down_proj", 2)
+    assert float(plain.c.sum()) != pytest.approx(total, rel=1e-2)
+
+
+def test_passes_at_the_end_start_below_the_gap() -> None:
+    model, module = tiny_model(layers=8), PruningModule(monitor=1)
+    record, refit = Record(8), Refit("down", when="end", ahead=2)
+    module.attach(model, record, needs=refit.needs)
+    ids = tiny_ids(windows=8, seq=12)
+    module.training_step({"input_ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}, 0)
+    for _ in range(4):
+        step = Step("drop", [4])
+        module.do(step)
+        record.append(step)
+    assert record.groups == [[0], [1], [2], [3, 4, 5, 6, 7]]
+    refit.after(module, step, record, last=True)
+    assert {int(name.partition(".")[0]) for name in step.weights or {}} == {1, 2, 3}
+    errors = step.scores["refit_error"]
+    assert errors[0] is None and all(e is not None and e < 1 for e in errors[1:])

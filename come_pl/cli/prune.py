@@ -38,6 +38,7 @@ ALIASES = {  # the official toolkit's flags, and short names, by what they are h
     "--refit": "--refit.parts",
     "--refit_when": "--refit.when",
     "--sweep": "--refit.sweep",
+    "--refit_ahead": "--refit.ahead",
     "--select": "--method.select",
     "--ppl_data": "--evaluation.data",
 }

@@ -17,6 +17,11 @@ the projections that read it (query, key, value; gate and up): W ← W M, from t
 `--refit_when step` repairs after each step, so that the next one is chosen on a repaired student; `end` once at the
 target depth, from the lowest changed layer upward, each layer on the stream that the repaired ones below give.
 
+In these passes the layers below a long gap begin what it was there for. One layer with its few thousand features makes
+a poor linear model of many; so the n layers below one that stands for dense layers k … e − 1 have as targets
+
+    T_end + j / (n + 1) · (T_e − T_{k+1}),   j = 1 … n from the lowest up;   n = min(ahead, dense layers gone / 2)
+
 Not from a paper: ReplaceMe (arXiv 2505.02819) solves for a matrix after the MLP of the layer before a cut; this is
 the same idea for any projection of any group, with the student's own input and unseen windows.
 """
@@ -41,6 +46,7 @@ if TYPE_CHECKING:
 Parts = Literal["auto", "best", "none", "down", "both", "all"]
 When = Literal["auto", "step", "end"]
 Weighting = Literal["inverse", "uniform"]
+Gap = tuple[float, int, int]  # a share of what lies between two boundaries of the teacher's stream
 
 
 def token_weights(target: Tensor, mask: Tensor, weighting: Weighting) -> Tensor:
@@ -74,6 +80,7 @@ class Refit:
             least one with `when: end`.
         weighting: What a token counts for: inverse (of the mean square of its target), or uniform.
         folds: Parts that calibration windows are dealt into; the strength of the ridge is chosen on unseen ones.
+        ahead: Layers below a gap that begin to give what it gave, in passes at the end; fewer below a short gap.
     """
 
     def __init__(
@@ -83,7 +90,10 @@ class Refit:
         sweep: int = 0,
         weighting: Weighting = "inverse",
         folds: int = 4,
+        ahead: int = 2,
     ):
+        if ahead < 0:
+            raise ValueError(f"ahead {ahead}: the number of layers below a gap is not negative")
         if sweep < 0:
             raise ValueError(f"sweep {sweep}: the number of passes is not negative")
         if sweep and parts == "none":
@@ -91,6 +101,7 @@ class Refit:
         if folds < 2:
             raise ValueError(f"folds {folds}: a strength chosen on unseen windows needs at least 2")
         self.parts, self.when, self.sweep, self.weighting, self.folds = parts, when, sweep, weighting, folds
+        self.ahead = ahead
         self._guess: dict[str, float] = {}
 
     def resolved(self, method: str, family: Family) -> Refit:
@@ -104,7 +115,7 @@ class Refit:
             check_family(family)
         if when == "auto":
             when = "step" if method == "come" else "end"
-        return Refit(parts, when, self.sweep, self.weighting, self.folds)
+        return Refit(parts, when, self.sweep, self.weighting, self.folds, self.ahead)
 
     @property
     def on(self) -> bool:
@@ -118,7 +129,7 @@ class Refit:
     @property
     def settings(self) -> dict[str, Any]:
         """For the run's identity and its `run.json`."""
-        names = ("parts", "when", "sweep", "weighting", "folds")
+        names = ("parts", "when", "sweep", "weighting", "folds", "ahead")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -142,18 +153,35 @@ class Refit:
             self._layer(module, record, index, weights, errors)
             module.changed_from(min(index, module.valid))
         if last:
-            lowest = next(i for i, group in enumerate(record.groups) if len(group) > 1)
+            gaps = self.gaps_ahead(record)
+            lowest = min([next(i for i, group in enumerate(record.groups) if len(group) > 1), *gaps])
             for _ in range(self.sweeps):
                 module.reach(lowest)
                 for layer in range(lowest, len(module.student)):
-                    self._layer(module, record, layer, weights, errors)
+                    self._layer(module, record, layer, weights, errors, gaps.get(layer, ()))
                     module.advance(layer)
                 module.changed_from(lowest)
         step.weights = weights or None
         step.scores["refit_error"] = errors
 
+    def gaps_ahead(self, record: Record) -> dict[int, list[Gap]]:
+        """For student layers below long gaps: what each begins to give of them."""
+        found: dict[int, list[Gap]] = {}
+        for index, group in enumerate(record.groups):
+            count = min(self.ahead, (len(group) - 1) // 2, index)
+            for step in range(1, count + 1):
+                gap = (step / (count + 1), group[0] + 1, group[-1] + 1)
+                found.setdefault(index - count - 1 + step, []).append(gap)
+        return found
+
     def _layer(
-        self, module: PruningModule, record: Record, index: int, weights: dict[str, Tensor], errors: list[float | None]
+        self,
+        module: PruningModule,
+        record: Record,
+        index: int,
+        weights: dict[str, Tensor],
+        errors: list[float | None],
+        gaps: Sequence[Gap] = (),
     ) -> None:
         family, end = module.student.family, record.groups[index][-1] + 1
         source = record.sources[index] if self.parts == "all" else None
@@ -166,7 +194,7 @@ class Refit:
                 self._reads(module, index, source, reads, weights)
             if self.parts == "down" and path != family.mlp_output:
                 continue
-            equations = self.equations(module, index, path, end)
+            equations = self.equations(module, index, path, end, gaps=gaps)
             fit, left = self._solved(path, equations), float(equations.c.sum())
             before = before or left
             if fit is not None:
@@ -220,6 +248,7 @@ class Refit:
         layer: nn.Module | None = None,
         place: int | None = None,
         windows: int | None = None,
+        gaps: Sequence[Gap] = (),
     ) -> NormalEquations:
         """Sums, over all processes, of the regression of what a layer lacks on the input of its projection `path`.
 
@@ -229,15 +258,19 @@ class Refit:
             layer: by default student layer `first`.
             place: the layer index that it runs as; by default `first`.
             windows: only the first so many of all processes, rounded up to whole batches.
+            gaps: what it must give beside that.
         """
         student, place = module.student, first if place is None else place
         projection = student.part(layer or student.layers[place], path)
         outputs, features = projection.weight.shape
         equations = NormalEquations(features, outputs, self.folds, projection.bias is not None, module.device)
-        scale = module.record.scale_at(end)
+        wanted = [(1.0, end), *((s * sign, at) for s, k, e in gaps for sign, at in ((1, e), (-1, k)))]
+        wanted = [(share * module.record.scale_at(boundary), boundary) for share, boundary in wanted]
         for number in module.first_batches(windows):
-            batch = module.batches[number]
-            hidden, target = module.stream(number, first), module.teacher_stream(number, end) * scale
+            batch, hidden = module.batches[number], module.stream(number, first)
+            target = torch.zeros_like(hidden, dtype=torch.float32)
+            for share, boundary in wanted:
+                target.add_(module.teacher_stream(number, boundary).float(), alpha=share)
             out, x = layer_run(student, place, path, batch["input_ids"], batch["attention"], hidden, layer)
             weight = token_weights(target, batch["mask"], self.weighting)
             residual = target.float() - out.float()

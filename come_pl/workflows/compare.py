@@ -27,6 +27,7 @@ OF_RUNS = {
     "refit_when": "--refit.when",
     "sweep": "--refit.sweep",
     "weighting": "--refit.weighting",
+    "ahead": "--refit.ahead",
 }
 DEPTHS = (0.9, 0.8, 0.7)  # of the model's layers, where no depths are given
 
