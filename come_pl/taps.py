@@ -24,9 +24,10 @@ from torchmetrics import Metric
 
 from come_pl.decoder import Decoder
 
-# A head that is given few tokens spends its time on reading its weights, and sums over a vocabulary are fastest while
-# they fit into the processor's cache.
-LOGIT_CHUNK_BYTES = 48 * 2**20  # of a model's logits held at once, in its dtype
+# In half precision a head that is given few tokens spends its time on reading its weights; in fp32, which models that
+# hardly fit into memory are pruned in, it does not. Sums over a vocabulary are fastest in the processor's cache.
+LOGIT_CHUNK_BYTES = 16 * 2**20  # of fp32 logits held at once
+HALF_CHUNK_BYTES = 48 * 2**20  # of logits of each model in half precision
 ROWS = 128  # matrix products of a multiple of so many tokens are up to 1.5 times as fast as of others
 PRECISE_BYTES = 16 * 2**20  # of them in fp32
 
@@ -313,9 +314,10 @@ def last_token(mask: Tensor) -> Tensor:
     return (positions * mask).argmax(1)
 
 
-def _chunks(decoder: Decoder, batch: int, seq: int) -> Iterator[slice]:
+def _chunks(decoder: Decoder, batch: int, seq: int, models: int = 1) -> Iterator[slice]:
     weight = decoder.model.get_output_embeddings().weight
-    rows = LOGIT_CHUNK_BYTES // (weight.dtype.itemsize * weight.shape[0])
+    limit = LOGIT_CHUNK_BYTES // models if weight.dtype.itemsize > 2 else HALF_CHUNK_BYTES
+    rows = limit // (weight.dtype.itemsize * weight.shape[0])
     size = max(1, (rows // ROWS * ROWS or rows) // batch)
     for begin in range(0, seq, size):
         yield slice(begin, min(begin + size, seq))
@@ -371,7 +373,7 @@ def losses_and_divergences(
     batch, seq = hidden.shape[:2]
     following = F.pad(input_ids[:, 1:], (0, 1))
     found = []
-    for part in _chunks(student, batch, seq):
+    for part in _chunks(student, batch, seq, models=2):
         logits = student.logits(hidden[:, part]), teacher.logits(teacher_hidden[:, part])
         both = torch.cat(_in_slices(sliced, *logits, following[:, part]), 1)
         found.append(both.view(2, batch, -1))

@@ -367,6 +367,20 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch, positions: int):
     assert chunked.nats == pytest.approx(whole.nats, rel=1e-6) and chunked.tokens == whole.tokens
 
 
+def test_half_precision_has_chunks_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    decoder = Decoder(tiny_model().to(torch.bfloat16))
+    ids, mask = padded()
+    with torch.no_grad():
+        hidden = decoder.run(ids)
+        whole = taps.token_losses(decoder, hidden, ids, mask)
+        monkeypatch.setattr(taps, "HALF_CHUNK_BYTES", 2 * VOCABULARY * len(ids) * 2)
+        monkeypatch.setattr(taps, "PRECISE_BYTES", 4 * VOCABULARY * 3)  # slices of three rows
+        sizes: list[int] = []
+        decoder.model.lm_head.register_forward_hook(lambda m, args, out: sizes.append(out.shape[1]))
+        torch.testing.assert_close(taps.token_losses(decoder, hidden, ids, mask), whole, rtol=1e-2, atol=1e-3)
+    assert set(sizes[:-1]) == {2} and sizes[-1] <= 2
+
+
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_perplexity_by_hand(batch: int):
     model = tiny_model("opt")
