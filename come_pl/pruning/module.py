@@ -126,7 +126,9 @@ class PruningModule(LightningModule):
                 self._states.append(None)
             final = None
             # not for a method that looks at weights only
-            wanted = bool(self.needs) and batch_idx in self.first_batches(self.pass_windows)
+            wanted = bool(self.needs) and (
+                self.pass_windows is None or batch_idx in self.first_batches(self.pass_windows)
+            )
             if wanted and batch_idx not in self._ahead:
                 final = self._measure(batch_idx)
             monitored = self._monitored().get(batch_idx)

@@ -264,15 +264,17 @@ class Refit:
         projection = student.part(layer or student.layers[place], path)
         outputs, features = projection.weight.shape
         equations = NormalEquations(features, outputs, self.folds, projection.bias is not None, module.device)
-        wanted = [(1.0, end), *((s * sign, at) for s, k, e in gaps for sign, at in ((1, e), (-1, k)))]
-        wanted = [(share * module.record.scale_at(boundary), boundary) for share, boundary in wanted]
+        wanted = [(1.0, end)]
+        for share, low, high in gaps:
+            wanted += [(share, high), (-share, low)]
+        scales = [module.record.scale_at(boundary) for _, boundary in wanted]
         for number in module.first_batches(windows):
             batch, hidden = module.batches[number], module.stream(number, first)
             target = torch.zeros_like(hidden, dtype=torch.float32)
-            for share, boundary in wanted:
-                target.add_(module.teacher_stream(number, boundary).float(), alpha=share)
+            for (share, boundary), scale in zip(wanted, scales, strict=True):
+                target.add_(module.teacher_stream(number, boundary).float(), alpha=share * scale)
             out, x = layer_run(student, place, path, batch["input_ids"], batch["attention"], hidden, layer)
             weight = token_weights(target, batch["mask"], self.weighting)
-            residual = target.float() - out.float()
+            residual = target - out.float()
             equations.add_windows(batch, x, residual, weight)
         return equations.summed(module.sum)
