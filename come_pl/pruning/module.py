@@ -218,7 +218,6 @@ class PruningModule(LightningModule):
         swap: Mapping[int, nn.Module] | None = None,
         bound: float = math.inf,
         windows: int | None = None,
-        race: Race | None = None,
     ) -> float:
         """Calibration loss (nats a token) of the student with layers skipped or swapped.
 
@@ -227,37 +226,45 @@ class PruningModule(LightningModule):
             bound: a loss already found; infinity is returned for one above it, as soon as that is sure. One that
                 equals it is returned: which of equals wins is the caller's to say.
             windows: only the first so many of all processes, rounded up to whole batches.
-            race: give up, too, what is clearly above the best that this race has seen; a loss that is returned leads
-                it from then on. The first windows are looked at one by one.
         """
         targets = self.targets(windows)
         # (nats, processes that gave up), on the device: only a bound makes the host wait for each batch
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        if race is not None:
-            race.begin()
-        for look in self._looks(windows, race is not None and race.leading):
-            batch = self._windows(look)
-            hidden = self._forward(look, start, skip=skip, swap=swap)
-            losses = token_losses(self.student, hidden, batch["input_ids"], batch["mask"])
-            total[0] += losses.sum(dtype=torch.float64)
+        for index in self.first_batches(windows):
+            total[0] += self._losses((index, slice(None)), start, skip=skip, swap=swap).sum(dtype=torch.float64)
             # a quotient, as what is returned: bound * targets may round to below the sum that made the bound
             if bound < math.inf and float(total[0]) / targets > bound:
                 total[1] = 1  # this process alone is above the bound, so the sum is
                 break
-            if race is not None and race.lost(look, losses, targets_of(batch["mask"])):
-                total[1] = 1
-                break
         nats, gave_up = self.sum(total).tolist()
-        if gave_up or nats / targets > bound:
-            return math.inf
-        if race is not None:
-            race.won()
-        return nats / targets
+        return math.inf if gave_up or nats / targets > bound else nats / targets
 
-    def _looks(self, windows: int | None, singly: bool) -> Iterator[Look]:
-        """The first windows of all processes in order: batches, the first of them one window at a time if `singly`."""
+    def race(self, candidate: Callable[[int], dict[str, Any]], windows: int | None = None) -> Race:
+        """A race of candidates for the least calibration loss.
+
+        Args:
+            candidate: its number → how it differs from the student: `start`, `skip`, `swap` of `loss`.
+            windows: as for `loss`.
+        """
+
+        @torch.inference_mode()
+        def measure(number: int, look: Look) -> Tensor:
+            return self._losses(look, **candidate(number))
+
+        def counted(look: Look) -> Tensor:
+            return targets_of(self._windows(look)["mask"])
+
+        return Race(measure, list(self._looks(windows)), counted, self.sum)
+
+    def _losses(self, look: Look, start: int, **arrangement: Any) -> Tensor:
+        batch = self._windows(look)
+        hidden = self._forward(look, start, **arrangement)
+        return token_losses(self.student, hidden, batch["input_ids"], batch["mask"])
+
+    def _looks(self, windows: int | None) -> Iterator[Look]:
+        """The first windows of all processes in order: batches, the first of them one window at a time."""
         for number, index in enumerate(self.first_batches(windows)):
-            if singly and number == 0:
+            if number == 0:
                 yield from ((index, slice(row, row + 1)) for row in range(len(self.batches[index]["input_ids"])))
             else:
                 yield index, slice(None)

@@ -7,7 +7,8 @@ Pairs only; g = 20. A candidate is an index selection of two layers' weights and
 loss is already above the best is given up, which changes no choice. So that this happens early, every 4th point of the
 grid comes first, then the points around the best at half the distance, and so on down to its neighbours; `full` then
 tries all the others, those near the best first, `coarse` ends there, with a point that is no worse than its neighbours.
-`race` gives up a candidate as soon as it is clearly above the best of the same tokens (`come_pl/pruning/race.py`).
+`race` runs candidates side by side and gives one up as soon as it is clearly above the best of the same tokens
+(`come_pl/pruning/race.py`); the losses in the scores are then the winner's, and that plus the mean difference to it.
 
 Differs from the released code in: it runs (there the ratio is used before it is set); the whole model is not copied
 for each candidate; and what CoMe's own file lists.
@@ -16,15 +17,14 @@ for each candidate; and what CoMe's own file lists.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
 from come_pl.pruning.methods.base import Decision
 from come_pl.pruning.methods.come import CoMe, pick, sensitivity
 from come_pl.pruning.methods.common import check
-from come_pl.pruning.race import Race
 from come_pl.record import Record
 from come_pl.surgery import Kept, Norm, concatenate, dominant
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from come_pl.pruning.module import PruningModule
 
 Search = Literal["full", "coarse"]
+Candidate = tuple[list[float], list[Kept], nn.Module, dict[str, Any]]  # ratio, channels, layer, how it runs
 
 
 def first_stride(granularity: int) -> int:
@@ -45,6 +46,16 @@ def most_tried(granularity: int) -> int:
     return -(-granularity // stride) + 1 + 2 * int(math.log2(stride))
 
 
+def walk(best_of: Callable[[set[int]], int], granularity: int) -> int:
+    """The best point that a coarse search finds of 0 … `granularity`; `best_of` says which of some points it is."""
+    stride = first_stride(granularity)
+    found = best_of({*range(0, granularity, stride), granularity})
+    while stride > 1:
+        stride //= 2
+        found = best_of({found - stride, found, found + stride} & set(range(granularity + 1)))
+    return found
+
+
 def least(loss: Callable[[int, float], float], granularity: int, share: float, search: Search) -> dict[int, float]:
     """What was tried of the points 0 … `granularity`, in the order of trying: point → loss.
 
@@ -54,20 +65,16 @@ def least(loss: Callable[[int, float], float], granularity: int, share: float, s
     """
     found: dict[int, float] = {}
 
-    def attempt(points: Iterable[int], near: float) -> None:
-        for point in sorted(points, key=lambda p: (abs(p - near), p)):
-            if 0 <= point <= granularity and point not in found:
-                value = loss(point, min(found.values(), default=math.inf))
-                found[point] = math.inf if math.isnan(value) else value
+    def best_of(points: set[int]) -> int:
+        near = best(found) if found else share * granularity
+        for point in sorted(points - set(found), key=lambda p: (abs(p - near), p)):
+            value = loss(point, min(found.values(), default=math.inf))
+            found[point] = math.inf if math.isnan(value) else value
+        return best(found)
 
-    stride = first_stride(granularity)
-    attempt({*range(0, granularity, stride), granularity}, share * granularity)
-    while stride > 1:
-        stride //= 2
-        around = best(found)
-        attempt((around - stride, around + stride), around)
+    walk(best_of, granularity)
     if search == "full":
-        attempt(range(granularity + 1), best(found))
+        best_of(set(range(granularity + 1)))
     return found
 
 
@@ -115,25 +122,32 @@ class CoMeP(CoMe):
         assert step.ratio is not None
         student, layers = module.student, [module.student.layers[i] for i in step.layers]
         scores = [sensitivity(student, i, statistics) for i in step.layers]  # the same for every candidate
-        race = Race() if self.race else None
-        winner: tuple[float, int, list[float], list[Kept], nn.Module] | None = None
 
-        def loss(tick: int, bound: float) -> float:
-            nonlocal winner
+        def candidate(tick: int) -> Candidate:
             ratio = [tick / self.granularity, 1 - tick / self.granularity]
             kept = pick(student.geometry, scores, ratio)
-            candidate = concatenate(student, layers, kept, ratio, self.norm)
+            layer = concatenate(student, layers, kept, ratio, self.norm)
             # it runs in the place of the layer whose config entries (sliding window, rotary table) it will have
             place = step.layers[dominant(ratio)]
             skip = [i for i in step.layers if i != place]
-            value = module.loss(step.layers[0], swap={place: candidate}, skip=skip, bound=bound, race=race)
-            if value < math.inf and (winner is None or (value, tick) < winner[:2]):
-                winner = (value, tick, ratio, kept, candidate)
-            return value
+            return ratio, kept, layer, {"start": step.layers[0], "swap": {place: layer}, "skip": skip}
 
-        found = least(loss, self.granularity, step.ratio[0], self.search)
+        found = self.raced(module, candidate) if self.race else self.searched(module, candidate, step.ratio[0])
         step.scores["ratio_loss"] = [found.get(tick) for tick in range(self.granularity + 1)]
-        if winner is None:
+        if min(found.values()) == math.inf:
             return Decision(step)
-        _, _, step.ratio, step.kept, layer = winner
+        step.ratio, step.kept, layer, _ = candidate(best(found))
         return Decision(step, layer)
+
+    def searched(self, module: PruningModule, candidate: Callable[[int], Candidate], share: float) -> dict[int, float]:
+        """Point → its calibration loss, or infinity for one that was given up; what the grid's search tried."""
+        return least(
+            lambda tick, bound: module.loss(**candidate(tick)[-1], bound=bound), self.granularity, share, self.search
+        )
+
+    def raced(self, module: PruningModule, candidate: Callable[[int], Candidate]) -> dict[int, float]:
+        """Point → the winner's calibration loss on what it ran on, plus how far the point's is above it."""
+        race = module.race(lambda tick: candidate(tick)[-1])
+        points = range(self.granularity + 1)
+        winner = race.best(points) if self.search == "full" else walk(race.best, self.granularity)
+        return {tick: race.mean(winner) + above for tick, above in race.above.items()}

@@ -7,7 +7,8 @@ Defaults of the released code: b = 1, WikiText-2, windows of 2048 tokens. CoMe's
 A candidate runs from l upward, on the streams kept at every boundary, and is given up once its partial loss is above
 the best so far: neither changes a choice; a loss given up is infinite in the scores. So that this happens early, what
 the last step could have spared best comes first, and without a step before, what has the fewest layers to run. `race`
-gives up a candidate as soon as it is clearly above the best of the same tokens (`come_pl/pruning/race.py`).
+runs candidates side by side and gives one up as soon as it is clearly above the best of the same tokens
+(`come_pl/pruning/race.py`); the losses in the scores are then the winner's, and that plus the mean difference to it.
 
 `bridge` judges a candidate as a repair in closed form would leave it: in the layer's place stands the linear map that
 leads the student's stream best to the teacher's after what is dropped, solved on windows of its own:
@@ -23,6 +24,7 @@ layers below them; drops may be compensated (candidates are judged without that)
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -33,7 +35,6 @@ from come_pl.pruning.methods.base import Decision, NoSite
 from come_pl.pruning.methods.common import check
 from come_pl.pruning.methods.drops import Drop, rounded
 from come_pl.pruning.module import NotFinite, PruningModule
-from come_pl.pruning.race import Race
 from come_pl.pruning.refit import token_weights
 from come_pl.pruning.regression import NormalEquations
 from come_pl.record import Record
@@ -87,19 +88,23 @@ class SLEB(Drop):
                 "that are to be left; give a smaller --barriers or a larger --target_layers"
             )
         losses = [math.inf] * record.layers
-        best, race = math.inf, Race() if self.race else None
-        for layer in self.order(record):
-            instead = self.instead(module, record, layer)
-            losses[layer] = module.loss(layer, **instead, bound=best, windows=self.windows, race=race)
-            best = min(best, losses[layer])
-        if best == math.inf:
+        if self.race:
+            race = module.race(functools.cache(lambda layer: self.instead(module, record, layer)), self.windows)
+            winner = race.best(self.order(record))
+            for layer, above in race.above.items():
+                losses[layer] = race.mean(winner) + above
+        else:
+            for layer in self.order(record):
+                instead = self.instead(module, record, layer)
+                losses[layer] = module.loss(**instead, bound=min(losses), windows=self.windows)
+        if min(losses) == math.inf:
             raise NotFinite("the calibration loss without any layer is not finite; the model overflows in this dtype")
-        return self.drop(module, [losses.index(best)], self.score_name, losses)
+        return self.drop(module, [losses.index(min(losses))], self.score_name, losses)
 
     def instead(self, module: PruningModule, record: Record, layer: int) -> dict[str, Any]:
         """What a candidate's loss is measured with: for `PruningModule.loss`."""
         fit = self.equations(module, record, layer).solve() if self.bridge else None
-        return {"skip": [layer]} if fit is None else {"swap": {layer: Bridge(fit.change)}}
+        return {"start": layer} | ({"skip": [layer]} if fit is None else {"swap": {layer: Bridge(fit.change)}})
 
     @torch.inference_mode()
     def equations(self, module: PruningModule, record: Record, layer: int) -> NormalEquations:
