@@ -7,7 +7,7 @@ Each row is one method on one model, ours and as in `benchmarks/naive.py`, on th
 of steps, by turns, each time in a process of its own. `growth` is plain CoMe on random Llamas (`--growth`),
 `statistics` the pass that CoMe's statistics are collected in, also told in units of the bare forward of the layers
 (`bare`). `same`: steps with the same layers and ratio on both sides; the naive side of `come_p_coarse` tries every
-ratio; it is run once for all rows of `come_p`, as that of `sleb` is.
+ratio; it is run once for all rows of `come_p`, as those of `come` and `sleb` are.
 
 A pass is a run of every decoder layer of the dense model over all calibration tokens, counted by hooks; what is run
 after a step to monitor it is part of ours. A finished row of `--out` is not run again.
@@ -40,6 +40,7 @@ from come_pl.workflows.tables import markdown, write_csv
 METHODS: dict[str, Method] = {
     "statistics": CoMe(select="span"),
     "come": CoMe(select="span"),
+    "come_race": CoMe(select="span", race=True),
     "come_p": CoMeP(),
     "come_p_race": CoMeP(race=True),
     "come_p_coarse": CoMeP(search="coarse"),
@@ -48,7 +49,7 @@ METHODS: dict[str, Method] = {
     "sleb_race": SLEB(race=True),
 }
 ROWS = (*METHODS, "growth")
-SAME_NAIVE = ("come_p", "sleb")  # rows that begin so have the naive side of this one
+SAME_NAIVE = ("come_p", "come", "sleb")  # rows that begin so have the naive side of this one
 GROWTH = ("8x512@4096", "8x512@8192", "8x512@16384", "16x512@4096", "32x512@4096", "8x1024@4096", "8x2048@4096")
 KEY = ["row", "model", "dtype", "naive_dtype", "calibration", "tokens", "seqlen", "steps", "threads", "monitor"]
 COLUMNS = [

@@ -256,8 +256,10 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (…, vocab) of final hidden states (…, hidden), soft-capped where the family does that (Gemma 2)."""
-        # a slice of the sequence is strided, and a linear layer then takes a path that is 40 times slower (bf16, CPU)
-        logits = self.model.get_output_embeddings()(hidden.contiguous())
+        # a slice of the sequence is strided, and a linear layer then takes a path that is up to 40 times slower (bf16,
+        # CPU); so it is, though it counts as contiguous, for a batch of one window
+        rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+        logits = self.model.get_output_embeddings()(rows).view(*hidden.shape[:-1], -1)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 

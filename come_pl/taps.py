@@ -42,13 +42,14 @@ def stream_from(output: Tensor | tuple) -> Tensor:
 
 
 @contextlib.contextmanager
-def boundaries(decoder: Decoder, start: int = 0, into: Any = None) -> Iterator[Any]:
-    """Collects the stream (batch, seq, hidden) at every boundary from `start` on, in the forward run inside: in a
-    dictionary, or in `into`, whose items are set."""
+def boundaries(decoder: Decoder, start: int = 0, into: Any = None, stop: int | None = None) -> Iterator[Any]:
+    """Collects the stream (batch, seq, hidden) at every boundary from `start` to `stop` (by default the last), in the
+    forward run inside: in a dictionary, or in `into`, whose items are set."""
     found: Any = {} if into is None else into
     handles = []
     layers = decoder.layers
-    for index in range(start, len(layers)):
+    stop = len(layers) if stop is None else stop
+    for index in range(start, stop):
 
         def before(module: nn.Module, args: tuple, kwargs: dict, index: int = index) -> None:
             found[index] = _stream_of(args, kwargs)
@@ -56,9 +57,9 @@ def boundaries(decoder: Decoder, start: int = 0, into: Any = None) -> Iterator[A
         handles.append(layers[index].register_forward_pre_hook(before, with_kwargs=True))
 
     def after(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-        found[len(layers)] = stream_from(output)
+        found[stop] = stream_from(output)
 
-    handles.append(layers[-1].register_forward_hook(after))
+    handles.append(layers[stop - 1].register_forward_hook(after))
     try:
         yield found
     finally:
@@ -225,8 +226,8 @@ class LayerStatistics(Metric):
             "sum_influence": (layers,),
             "sum_span_last": (layers + 1, len(self.sizes)),  # by the boundary where the span ends
             "sum_span_all": (layers + 1, len(self.sizes)),
-            "windows": (),
-            "tokens": (),
+            "windows": (layers + 1,),  # that were counted at each boundary
+            "tokens": (layers + 1,),
         }
         self.set_dtype(torch.float64)
         for name, shape in shapes.items():
@@ -238,7 +239,7 @@ class LayerStatistics(Metric):
         fresh = LayerStatistics(depth, self.span, self.channels).to(self.tokens.device)
         for name in ("sum_attention", "sum_mlp", "sum_influence"):
             getattr(fresh, name)[:start] = getattr(self, name)[:start]
-        for name in ("sum_span_last", "sum_span_all"):
+        for name in ("sum_span_last", "sum_span_all", "windows", "tokens"):
             getattr(fresh, name)[: start + 1] = getattr(self, name)[: start + 1]
         return fresh
 
@@ -256,7 +257,14 @@ class LayerStatistics(Metric):
             buffer = self._buffers_of[kind] = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         return torch.abs(x, out=buffer) if x.dtype == torch.float32 else buffer.copy_(x).abs_()
 
-    def update(self, states: Any, mask: Tensor, start: int = 0) -> None:
+    def update(
+        self,
+        states: Any,
+        mask: Tensor,
+        start: int = 0,
+        stop: int | None = None,
+        seen: Callable[[int, int, Tensor], None] | None = None,
+    ) -> None:
         """Adds a batch.
 
         Args:
@@ -264,13 +272,16 @@ class LayerStatistics(Metric):
                 `start` begins at; each is asked for once.
             mask: (batch, seq), True where a token counts.
             start: lowest layer that ran; statistics below it are left alone.
+            stop: lowest layer above those that ran; by default all ran.
+            seen: called with (boundary where a span ends, its layers, distance (batch, seq)).
         """
+        stop = self.depth if stop is None else stop
         precise = self.tokens.dtype
         weight = mask.to(precise)
         last = last_token(mask)
         has_tokens = mask.any(1).to(precise)
-        self.tokens += weight.sum()
-        self.windows += has_tokens.sum()
+        self.tokens[start + 1 : stop + 1] += weight.sum()
+        self.windows[start + 1 : stop + 1] += has_tokens.sum()
         units: dict[int, Tensor] = {}
 
         def chord(first: int, second: int) -> Tensor:
@@ -281,13 +292,15 @@ class LayerStatistics(Metric):
                     units[boundary] = F.normalize(states[boundary].to(weight.device).float(), dim=-1)
             return torch.linalg.vector_norm(units[first] - units[second], dim=-1).to(precise)
 
-        for boundary in range(start + 1, self.depth + 1):
+        for boundary in range(start + 1, stop + 1):
             units.pop(boundary - self.span - 1, None)
             influence = (chord(boundary - 1, boundary) ** 2 / 2).clamp(0, 1)
             self.sum_influence[boundary - 1] += (influence * weight).sum()
             for column, size in enumerate(self.sizes):
                 if boundary >= size:
                     distance = 2 * (chord(boundary - size, boundary) / 2).clamp(max=1).arcsin() / math.pi
+                    if seen is not None:
+                        seen(boundary, size, distance)
                     self.sum_span_all[boundary, column] += (distance * weight).sum()
                     at_last = distance.gather(1, last[:, None]).squeeze(1)
                     self.sum_span_last[boundary, column] += (at_last * has_tokens).sum()
@@ -296,15 +309,16 @@ class LayerStatistics(Metric):
         self._buffers_of.clear()  # the pass is over
         tokens, windows = self.tokens.clamp(min=1), self.windows.clamp(min=1)
         result = {
-            "block_influence": self.sum_influence / tokens,
-            "tokens": self.tokens,
+            "block_influence": self.sum_influence / tokens[1:],
+            "tokens": self.tokens[1:],
         }
         for column, size in enumerate(self.sizes):
             suffix = "" if size == self.span else f"_{size}"
-            result["span_all" + suffix] = self.sum_span_all[size:, column] / tokens
-            result["span_last" + suffix] = self.sum_span_last[size:, column] / windows
+            result["span_all" + suffix] = self.sum_span_all[size:, column] / tokens[size:]
+            result["span_last" + suffix] = self.sum_span_last[size:, column] / windows[size:]
         if self.channels:
-            result |= {"attention": self.sum_attention / tokens, "mlp": self.sum_mlp / tokens}
+            ran = tokens[1:, None]
+            result |= {"attention": self.sum_attention / ran, "mlp": self.sum_mlp / ran}
         return {name: value.detach().clone() for name, value in result.items()}
 
 

@@ -108,7 +108,7 @@ def test_angular_block(family: str, block: int):
     ]
     method = ShortGPT(angular=True)
     module = measured(model, method)
-    assert module.needs == frozenset() and module.valid == 0, "one pass of its own is all that it needs"
+    assert module.needs == frozenset() and module.start == 0, "one pass of its own is all that it needs"
     assert angular_distances(module, block) == pytest.approx(expected, rel=1e-4)
     step = method(module, {}, module.record, remove=block).step
     first = expected.index(min(expected))

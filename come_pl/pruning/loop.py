@@ -44,15 +44,24 @@ class ProgressivePruning(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PruningModule)
         self.meter = Meter(pl_module.device)
-        pl_module.needs = self.method.needs_for(pl_module.record) | self.refit.needs
+        self.announce(pl_module)
         pl_module.pass_windows = None if self.refit.needs else self.method.pass_windows
         pl_module.statistics.to(pl_module.device)
+
+    def announce(self, module: PruningModule) -> None:
+        """Tell what the next step needs measured."""
+        left = module.record.layers - self.target_layers
+        module.needs = self.method.needs_for(module.record) | self.refit.needs
+        # processes race sites on what each of them sees, and would not agree
+        alone = module.world == 1 and not self.refit.needs and left > 0
+        module.sites.begin(self.method.sites(module.record, left) if alone else None)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PruningModule)
         record: Record = pl_module.record
         # compute() sums over processes, so each of them takes the same decision
         statistics = pl_module.statistics.compute() if pl_module.needs - {"streams"} else {}
+        pl_module.sites.settle(statistics, pl_module.span)
         for name, value in statistics.items():
             if not bool(value.isfinite().all()):
                 raise NotFinite(f"{name} of the calibration pass is not finite; the model overflows in this dtype")
@@ -63,7 +72,7 @@ class ProgressivePruning(Callback):
             pl_module.retire()
         record.append(step)
         self.refit.after(pl_module, step, record, last=record.layers <= self.target_layers)
-        pl_module.needs = self.method.needs_for(record) | self.refit.needs
+        self.announce(pl_module)
         step.loss, step.kl = pl_module.monitor(ahead=record.layers > self.target_layers)
         step.seconds, step.peak_gib = self.meter.seconds, self.meter.peak_gib
         self.steps_done += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from come_pl import record as records
 from come_pl.decoder import Decoder, attention_mask
 from come_pl.offload import Offload, Store, aside, matrices, take_back
 from come_pl.pruning.race import Look, Race
+from come_pl.pruning.sites import SiteRace
 from come_pl.pruning.streams import Block, Cache, FileBlock, Streams
 from come_pl.record import Record, Step
 from come_pl.surgery import share
@@ -94,12 +96,12 @@ class PruningModule(LightningModule):
         self.student_model = records.replay(record, model) if record.steps else share(model)
         self.teacher, self.student = Decoder(self.teacher_model), Decoder(self.student_model)
         self.needs, self.span = frozenset(needs), span
-        self.start = 0  # lowest layer that the next pass runs
         self.batches: list[dict[str, Any]] = []
         self._streams = Streams(self.cache_gib, files)
         self._store, self._retired = Store(files), list[nn.Parameter]()  # of dense layers that nobody needs
         self._states: list[Block | None] = []  # of each batch
-        self.valid = 0  # highest boundary of `_states` that is the student's as it is
+        self._valid: list[int] = []  # of each: its highest boundary that is the student's as it is
+        self.sites = SiteRace()
         self._teacher_states: dict[int, Block] = {}  # the same of the teacher, once something asks for them
         self._teacher_final: dict[int, Tensor] = {}
         self._ahead: set[int] = set()  # batches that the next pass need not run: monitoring measured them
@@ -124,26 +126,32 @@ class PruningModule(LightningModule):
                 # asked once: `all()` waits for the device
                 self.batches.append(batch | {"attention": attention_mask(batch["mask"])})
                 self._states.append(None)
+                self._valid.append(0)
             final = None
             # not for a method that looks at weights only
             wanted = bool(self.needs) and (
                 self.pass_windows is None or batch_idx in self.first_batches(self.pass_windows)
             )
+            monitored = None if batch_idx in self._teacher_final else self._monitored().get(batch_idx)
             if wanted and batch_idx not in self._ahead:
-                final = self._measure(batch_idx)
-            monitored = self._monitored().get(batch_idx)
-            if monitored is not None and batch_idx not in self._teacher_final:
+                # the first batch tells what the others may leave out
+                whole = batch_idx == 0 or monitored is not None
+                final = self._measure(batch_idx, None if whole else self.sites.stop)
+            if wanted:
+                self.sites.narrow([batch["mask"] for batch in self.batches[: batch_idx + 1]])
+            if monitored is not None:
                 if final is None or self.record.steps:
                     final = self.teacher.run(*_inputs(self._windows((batch_idx, monitored))))
                 # else the student is the dense model still
                 self._teacher_final[batch_idx] = final[: monitored.stop]
-            if wanted and self.cache != "none":
-                self.valid = len(self.student)
 
-    def _measure(self, batch_idx: int) -> Tensor:
-        """One batch of a pass; its final hidden states (batch, seq, hidden)."""
-        batch = self.batches[batch_idx]
-        mask = batch["mask"]
+    def _measure(self, batch_idx: int, stop: int | None = None) -> Tensor | None:
+        """One batch of a pass, through the layers below `stop`, by default all; its final hidden states (batch, seq,
+        hidden), or nothing where no layer has to run."""
+        batch, start = self.batches[batch_idx], self._start(batch_idx)
+        if stop is not None and start >= stop:
+            return None
+        stop, mask = len(self.student) if stop is None else stop, batch["mask"]
         kept = self._states[batch_idx] = self._states[batch_idx] or self._block(self.student, batch)
         into = kept if isinstance(kept, FileBlock) else None
 
@@ -151,19 +159,30 @@ class PruningModule(LightningModule):
             self.statistics.add_channels(kind, layer, x, mask)
 
         with contextlib.ExitStack() as hooks:
-            found = hooks.enter_context(boundaries(self.student, self.start, into))
+            found = hooks.enter_context(boundaries(self.student, start, into, stop))
             if "channel_intensity" in self.needs:
-                hooks.enter_context(projection_inputs(self.student, self.start, seen))
-            final = self._forward((batch_idx, slice(None)), self.start)
+                hooks.enter_context(projection_inputs(self.student, start, seen))
+            final = self._forward((batch_idx, slice(None)), start, stop=stop)
         if kept is not None and into is None:
             # the embeddings change too when the stream is scaled
-            for boundary in range(self.start + 1 if self.start else 0, len(self.student) + 1):
+            for boundary in range(start + 1 if start else 0, stop + 1):
                 kept[boundary] = found[boundary]
-            lowest = max(self.start + 1 - self.span, 0)  # where a span that ends above `start` begins
-            found |= {b: self._back(kept, b) for b in range(lowest, self.start)}
+            lowest = max(start + 1 - self.span, 0)  # where a span that ends above `start` begins
+            found |= {b: self._back(kept, b) for b in range(lowest, start)}
         if self.needs - {"streams"}:
-            self.statistics.update(found, mask, self.start)
+            self.statistics.update(found, mask, start, stop, functools.partial(self.sites.seen, batch_idx))
+        if kept is not None:
+            self._valid[batch_idx] = stop
         return final
+
+    @property
+    def start(self) -> int:
+        """The lowest layer that the next pass runs; to there the streams of all batches are the student's as it is."""
+        return max(min(self._valid, default=0), 0)
+
+    def _start(self, batch_idx: int) -> int:
+        """The lowest layer that a batch has to run."""
+        return 0 if self._states[batch_idx] is None else max(self._valid[batch_idx], 0)
 
     def _block(self, decoder: Decoder, batch: dict[str, Any]) -> Block | None:
         """Room for the streams of a batch; None where nothing is kept."""
@@ -187,12 +206,12 @@ class PruningModule(LightningModule):
     @torch.inference_mode()
     def stream(self, batch_idx: int, boundary: int) -> Tensor:
         """The student's stream (batch, seq, hidden) before layer `boundary`, of one batch of `batches`."""
-        kept = self._states[batch_idx]
-        if kept is not None and boundary <= self.valid:
+        kept, valid = self._states[batch_idx], self._valid[batch_idx]
+        if kept is not None and boundary <= valid:
             return self._back(kept, boundary)
         start, hidden = 0, None
-        if kept is not None and self.valid > 0:
-            start, hidden = self.valid, self._back(kept, self.valid)
+        if kept is not None and valid > 0:
+            start, hidden = valid, self._back(kept, valid)
         return stream_at(self.student, boundary, *_inputs(self.batches[batch_idx]), start=start, hidden=hidden)
 
     @torch.inference_mode()
@@ -315,26 +334,27 @@ class PruningModule(LightningModule):
         self._retired.clear()
 
     def changed_from(self, lowest: int) -> None:
-        """The next pass starts at layer `lowest`: the student is another from there on."""
+        """The next pass starts at layer `lowest`, or lower where the one before stopped lower: the student is another
+        from there on."""
+        lowest = -1 if self.cache == "none" else lowest
         self._ahead.clear()
-        self.valid = min(self.valid, lowest)
-        self.start = 0 if self.cache == "none" else max(self.valid, 0)  # lower, if no pass followed the step before
-        self.statistics = self.statistics.carry(len(self.student), self.start)
+        self._valid = [min(valid, lowest) for valid in self._valid]
+        self.sites.forget(max(lowest, 0))
+        self.statistics = self.statistics.carry(len(self.student), max(lowest, 0))
 
     @torch.inference_mode()
     def reach(self, boundary: int) -> None:
         """Make the student's streams of all windows valid up to a boundary."""
         if self.cache == "none":
             return
-        if self.pass_windows is not None or None in self._states:  # some never ran, or not since the last step
-            self.valid, self.pass_windows = -1, None
-        if self.valid < 0:
-            for index, batch in enumerate(self.batches):
+        self.pass_windows = None
+        for index, batch in enumerate(self.batches):
+            if self._states[index] is None or self._valid[index] < 0:
                 store = self._states[index] = self._states[index] or self._block(self.student, batch)
                 assert store is not None
                 store[0] = stream_at(self.student, 0, *_inputs(batch))
-            self.valid = 0
-        for layer in range(self.valid, boundary):
+                self._valid[index] = 0
+        for layer in range(self.start, boundary):
             self.advance(layer)
 
     @torch.inference_mode()
@@ -343,10 +363,10 @@ class PruningModule(LightningModule):
         if self.cache == "none":
             return
         for index, store in enumerate(self._states):
-            assert store is not None and self.valid >= layer, "streams are advanced from below"
+            assert store is not None and self._valid[index] >= layer, "streams are advanced from below"
             inputs, hidden = _inputs(self.batches[index]), self._back(store, layer)
             store[layer + 1] = stream_at(self.student, layer + 1, *inputs, start=layer, hidden=hidden)
-        self.valid = layer + 1
+            self._valid[index] = layer + 1
 
     def first_batches(self, windows: int | None) -> list[int]:
         """Indices of the batches seen so far with the first `windows` calibration windows of all processes together,
@@ -385,10 +405,12 @@ class PruningModule(LightningModule):
             index, rows = look
             batch = self._windows(look)
             if ahead and self.needs and index in self.first_batches(self.pass_windows):
-                hidden = self._measure(index)[rows]
+                whole = self._measure(index)
+                assert whole is not None, "nothing is left out"
+                hidden = whole[rows]
                 self._ahead.add(index)
             else:
-                hidden = self._forward(look, self.start)
+                hidden = self._forward(look, self._start(index))
             losses, divergence = losses_and_divergences(
                 self.student, hidden, self.teacher, self._teacher_final[index], batch["input_ids"], batch["mask"]
             )

@@ -47,6 +47,38 @@ def clearly_worse(
     return leader, lost.tolist(), above.nan_to_num(nan=math.inf).tolist()
 
 
+class Standing:
+    """Candidates of a race: who leads, who is left, how far above the leader each is or was when it was given up.
+
+    Attributes:
+        left: candidates, ascending.
+        leader: the candidate of the least mean so far.
+    """
+
+    def __init__(self, candidates: Iterable[int]):
+        self.left = sorted(candidates)
+        self.leader = self.left[0]
+        self._now: dict[int, float] = {}
+        self._gone: dict[int, tuple[int, float]] = {}  # in the order of giving up: who led then, how far above
+
+    def compare(
+        self, values: Tensor, counted: Tensor, total: Callable[[Tensor], Tensor], errors: float = ERRORS
+    ) -> None:
+        """As `clearly_worse`, with a row of values for each that is left; those that have lost are left no more."""
+        place, lost, above = clearly_worse(values, counted, total, errors)
+        self.leader = self.left[place]
+        self._now = dict(zip(self.left, above, strict=True))
+        self._gone |= {c: (self.leader, self._now[c]) for c, out in zip(self.left, lost, strict=True) if out}
+        self.left = [c for c in self.left if c not in self._gone]
+
+    def above(self) -> dict[int, float]:
+        """Candidate → its mean above the leader's, on tokens that it and whoever led then ran on."""
+        found = {candidate: self._now.get(candidate, 0.0) for candidate in self.left}
+        for candidate, (to, above) in reversed(self._gone.items()):  # who led then is left, or was given up later
+            found[candidate] = above + found[to]
+        return found
+
+
 class Race:
     """Candidates that run side by side, some windows at a time.
 
@@ -77,27 +109,19 @@ class Race:
 
     def best(self, candidates: Iterable[int]) -> int:
         """The winner; the lowest of equals. What was measured before is not measured again."""
-        left = sorted(candidates)
-        gone: dict[int, tuple[int, float]] = {}  # in the order in which they were given up: who led then, how far above
-        leader = left[0]
+        standing = Standing(candidates)
         for count in range(1, len(self.looks) + 1):
-            for candidate in left:
+            for candidate in standing.left:
                 self._reach(candidate, count)
-            values = torch.stack([torch.cat(self._losses[c][:count]) for c in left]).double()
-            place, lost, ahead = clearly_worse(values, torch.cat(self.counted[:count]), self.total, self.errors)
-            leader = left[place]
-            gone |= {c: (leader, a) for c, a, out in zip(left, ahead, lost, strict=True) if out}
-            distances = dict(zip(left, ahead, strict=True))
-            left = [c for c, out in zip(left, lost, strict=True) if not out]
-            if len(left) == 1:
+            values = torch.stack([torch.cat(self._losses[c][:count]) for c in standing.left]).double()
+            standing.compare(values, torch.cat(self.counted[:count]), self.total, self.errors)
+            if len(standing.left) == 1:
                 break
-        known = {candidate: distances[candidate] for candidate in left}
-        for candidate, (to, above) in reversed(gone.items()):  # whoever led then is left, or was given up later
-            known[candidate] = above + known[to]
+        known = standing.above()
         before = known.get(self.winner, 0.0)
         self.above = {candidate: above + before for candidate, above in self.above.items()} | known
-        self.winner = leader
-        return leader
+        self.winner = standing.leader
+        return self.winner
 
     def mean(self, candidate: int) -> float:
         """Nats a token of a candidate on all that it ran on; infinite where that is not a number."""

@@ -151,7 +151,7 @@ class Refit:
         if self.when != "end":
             index = max(step.layers[0] - (step.kind == "drop"), 0)
             self._layer(module, record, index, weights, errors)
-            module.changed_from(min(index, module.valid))
+            module.changed_from(min(index, module.start))
         if last:
             gaps = self.gaps_ahead(record)
             lowest = min([next(i for i, group in enumerate(record.groups) if len(group) > 1), *gaps])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
+from come_pl.pruning.sites import Sites
 from come_pl.record import Record, Step
 
 if TYPE_CHECKING:
@@ -49,6 +50,11 @@ class Method(ABC):
     def needs_for(self, record: Record) -> frozenset[str]:
         """What the next step needs of `needs`; without any no pass is run."""
         return self.needs
+
+    def sites(self, record: Record, remove: int) -> Sites | None:
+        """The spans that the next step may take, for a method that takes one of the least distance of all tokens and
+        may give others up before all text has run through them; None: everything runs."""
+        return None
 
     @abstractmethod
     def __call__(

@@ -31,6 +31,7 @@ from come_pl.decoder import Decoder, Geometry
 from come_pl.offload import present
 from come_pl.pruning.methods.base import Decision, Method, NoSite
 from come_pl.pruning.methods.select import Selector
+from come_pl.pruning.sites import Sites
 from come_pl.record import Record, Step
 from come_pl.surgery import Kept, Norm, dominant
 
@@ -125,6 +126,8 @@ class CoMe(Method):
         select: How site and ratio are chosen: span (by the formulas above), or by what they cost once refitted: local
             (error of the new layer), loss (calibration loss of the best few by that). Pairs only; they need --refit.
             auto is local where layers are refitted, span elsewhere.
+        race: Stop measuring sites that are clearly worse than the best after a part of the text, and what lies above
+            the best; the same choice unless chance is against it. On one process.
     """
 
     needs = frozenset({"channel_intensity", "block_influence", "span_distance"})
@@ -139,7 +142,13 @@ class CoMe(Method):
         skip_method: Literal["bi", "sleb", "mka"] = "bi",
         span_tokens: Literal["last", "all"] = "all",
         select: Select = "auto",
+        race: bool = False,
     ):
+        if race and (span_tokens != "all" or skip_method != "bi" or select in ("local", "loss")):
+            raise ValueError(
+                "race: sites are raced by the span distance of all tokens; it needs select span, "
+                "span_tokens all, skip_method bi"
+            )
         if select in ("local", "loss") and merge_item != 2:
             raise ValueError(f"merge_item {merge_item}: select {select} chooses among pairs; give merge_item 2")
         if merge_item < 2:
@@ -152,6 +161,7 @@ class CoMe(Method):
         self.skip_method, self.span_tokens = skip_method, span_tokens
         self.span, self.select, self.progressive = merge_item, select, merge_item == 2
         self.spares_teacher = select not in ("local", "loss")
+        self.race_sites = race
         self.selector = Selector(loss=select == "loss", norm=norm)
 
     def __call__(
@@ -179,6 +189,20 @@ class CoMe(Method):
         step.scores = {"block_influence": influence, self.score_name: scores}  # type: ignore[dict-item]
         return Decision(step)
 
+    def allowed(self, record: Record, count: int) -> list[bool]:
+        """Whether layers l … l + count − 1 may be merged, for each l."""
+        untouched = [
+            all(len(group) == 1 for group in record.groups[site : site + count])
+            for site in range(record.layers - count + 1)
+        ]
+        repeat = self.wo_repeat is False or (self.wo_repeat is None and not any(untouched))
+        return [repeat or fresh for fresh in untouched]
+
+    def sites(self, record: Record, remove: int) -> Sites | None:
+        count = min(self.merge_item, remove + 1)
+        ends = [site + count for site, ok in enumerate(self.allowed(record, count)) if ok]
+        return Sites(ends, count) if self.race_sites and ends else None
+
     @property
     def score_name(self) -> str:
         return {"bi": "span_distance", "sleb": "loss_without", "mka": "distance_from_top"}[self.skip_method]
@@ -187,10 +211,8 @@ class CoMe(Method):
         self, module: PruningModule, statistics: dict[str, Tensor], record: Record, count: int
     ) -> list[float]:
         """Score of merging layers l … l + count − 1, for each l; infinity where that is forbidden."""
-        sites = record.layers - count + 1
-        untouched = [all(len(record.groups[i]) == 1 for i in range(site, site + count)) for site in range(sites)]
-        repeat = self.wo_repeat is False or (self.wo_repeat is None and not any(untouched))
-        allowed = [repeat or fresh for fresh in untouched]
+        allowed = self.allowed(record, count)
+        sites = len(allowed)
         if self.skip_method == "mka":
             found = [float(sites - 1 - site) for site in range(sites)]
         elif self.skip_method == "sleb":

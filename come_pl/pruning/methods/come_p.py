@@ -95,8 +95,8 @@ class CoMeP(CoMe):
         span_tokens: Tokens that the span distance is taken over: last (of each window) or all.
         search: Points of the grid that are tried: full (all; the least loss is found), or coarse (every 4th of 20, then
             those around the best; fewer than half, and a loss no higher than at the points beside it).
-        race: Stop measuring a candidate that is clearly worse than the best after a part of the text; the same choice
-            unless chance is against it.
+        race: Stop measuring sites and ratios that are clearly worse than the best after a part of the text; the same
+            choice unless chance is against it.
     """
 
     def __init__(
@@ -113,6 +113,7 @@ class CoMeP(CoMe):
             raise ValueError(f"granularity {granularity}: at least 1 interval")
         check(search=(search, Search))
         super().__init__(rho=0.0, norm=norm, wo_repeat=wo_repeat, skip_method=skip_method, span_tokens=span_tokens)
+        self.race_sites = race and skip_method == "bi" and span_tokens == "all"
         self.granularity, self.search, self.race = granularity, search, race
 
     def __call__(
