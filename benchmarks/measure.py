@@ -169,7 +169,7 @@ def statistics_pass(method: Method, model: Any, data: CalibrationData, repeats: 
     def ours_once() -> None:
         # no trainer, and the streams of the pass before are written over
         module.attach(model, Record(len(decoder)), needs=method.needs, span=method.span)
-        module.batches, module._states = windows, states
+        module.batches, module._states, module._valid = windows, states, [0] * len(windows)
         for index, batch in enumerate(windows):
             module.training_step(batch, index)
 
