@@ -177,6 +177,11 @@ class Decoder:
     def __len__(self) -> int:
         return len(self.layers)
 
+    @property
+    def final_norm(self) -> Any:
+        """The norm between the last layer and the head."""
+        return getattr(self.base, "norm", None) or self.base.final_layer_norm
+
     def part(self, layer: nn.Module, path: str) -> Any:
         """A submodule of a layer by one of the family's paths."""
         return layer.get_submodule(path)

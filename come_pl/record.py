@@ -85,7 +85,8 @@ class Step:
     @property
     def layers_with_weights(self) -> list[int]:
         """Student layers after the step that it gives weights of their own."""
-        return sorted({int(name.partition(".")[0]) for name in self.weights or {}})
+        owners = {name.partition(".")[0] for name in self.weights or {}}
+        return sorted(int(owner) for owner in owners - {surgery.FINAL_NORM})
 
     def to_json(self) -> str:
         entry = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -21,6 +21,7 @@ from come_pl.offload import adopt, copied, present
 
 Norm = Literal["mean", "dominant", "fold"]
 BlendNorm = Literal["first", "mix"]
+FINAL_NORM = "final_norm"  # the owner of weights that no layer owns
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ def set_weights(decoder: Decoder, weights: Mapping[str, Tensor]) -> None:
     """Give layers parameters of their own: the tensors that they share with another model stay as they are.
 
     Args:
-        weights: by "index.path", the path relative to the layer (`3.mlp.down_proj.weight`).
+        weights: by "index.path", the path relative to the layer (`3.mlp.down_proj.weight`), or "final_norm.name".
 
     Raises:
         ValueError: a layer or parameter that is not there, or another shape.
@@ -238,7 +239,8 @@ def set_weights(decoder: Decoder, weights: Mapping[str, Tensor]) -> None:
         index, _, path = name.partition(".")
         owner, _, attribute = path.rpartition(".")
         try:
-            module = decoder.layers[int(index)].get_submodule(owner)
+            layer = decoder.final_norm if index == FINAL_NORM else decoder.layers[int(index)]
+            module = layer.get_submodule(owner)
             old = module.get_parameter(attribute)
         except (AttributeError, IndexError, ValueError):
             raise ValueError(f"weights for {name!r}, which this model of {len(decoder)} layers has not") from None
@@ -269,7 +271,7 @@ def scale_stream(decoder: Decoder, below: int, factor: float) -> None:
             module.weight = nn.Parameter(module.weight * factor, requires_grad=module.weight.requires_grad)
     if tied:
         head.weight = base.embed_tokens.weight
-        final = getattr(base, "norm", None) or base.final_layer_norm
+        final = decoder.final_norm
         for name, parameter in list(final.named_parameters()):
             offset = family.norm_offset if name == "weight" else 0.0
             scaled = (parameter.float() + offset) / factor - offset

@@ -328,11 +328,16 @@ def last_token(mask: Tensor) -> Tensor:
     return (positions * mask).argmax(1)
 
 
-def _chunks(decoder: Decoder, batch: int, seq: int, models: int = 1) -> Iterator[slice]:
+def logit_rows(decoder: Decoder, models: int = 1) -> int:
+    """How many tokens' logits are held at once, of each of so many models."""
     weight = decoder.model.get_output_embeddings().weight
     limit = LOGIT_CHUNK_BYTES // models if weight.dtype.itemsize > 2 else HALF_CHUNK_BYTES
     rows = limit // (weight.dtype.itemsize * weight.shape[0])
-    size = max(1, (rows // ROWS * ROWS or rows) // batch)
+    return max(1, rows // ROWS * ROWS or rows)
+
+
+def _chunks(decoder: Decoder, batch: int, seq: int, models: int = 1) -> Iterator[slice]:
+    size = max(1, logit_rows(decoder, models) // batch)
     for begin in range(0, seq, size):
         yield slice(begin, min(begin + size, seq))
 

@@ -98,9 +98,9 @@ def test_noise_alone_is_not_fitted_and_nothing_is_lost() -> None:
 
 
 def ready(family: str, step: Step, cache: Any = "ram", **options: Any) -> tuple[PruningModule, Record, Refit]:
-    """A module after one pass over four windows and one step, not refitted yet."""
+    """A module after one pass over four windows and one step, not refitted yet; the final norm is left alone."""
     model, module = tiny_model(family, layers=5), PruningModule(cache=cache, monitor=1)
-    record, refit = Record(5), Refit(**({"parts": "down"} | options))
+    record, refit = Record(5), Refit(**({"parts": "down", "final": False} | options))
     module.attach(model, record, needs=refit.needs)
     ids = tiny_ids(windows=8, seq=12)
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -445,7 +445,7 @@ def test_the_target_of_a_layer_ahead_of_a_gap(scale: float | None) -> None:
 
 def test_passes_at_the_end_start_below_the_gap() -> None:
     model, module = tiny_model(layers=8), PruningModule(monitor=1)
-    record, refit = Record(8), Refit("down", when="end", ahead=2)
+    record, refit = Record(8), Refit("down", when="end", ahead=2, final=False)
     module.attach(model, record, needs=refit.needs)
     ids = tiny_ids(windows=8, seq=12)
     module.training_step({"input_ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}, 0)

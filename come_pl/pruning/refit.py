@@ -22,6 +22,8 @@ a poor linear model of many; so the n layers below one that stands for dense lay
 
     T_end + j / (n + 1) · (T_e − T_{k+1}),   j = 1 … n from the lowest up;   n = min(ahead, dense layers gone / 2)
 
+Last, the gains of the final norm are fitted (`final_norm.py`).
+
 Not from a paper: ReplaceMe (arXiv 2505.02819) solves for a matrix after the MLP of the layer before a cut; this is
 the same idea for any projection of any group, with the student's own input and unseen windows.
 """
@@ -35,9 +37,10 @@ import torch
 from torch import Tensor, nn
 
 from come_pl.decoder import Family
+from come_pl.pruning import final_norm
 from come_pl.pruning.regression import Fit, NormalEquations
 from come_pl.record import Record, Step
-from come_pl.surgery import set_weights
+from come_pl.surgery import FINAL_NORM, set_weights
 from come_pl.taps import layer_run, projection_input
 
 if TYPE_CHECKING:
@@ -81,6 +84,8 @@ class Refit:
         weighting: What a token counts for: inverse (of the mean square of its target), or uniform.
         folds: Parts that calibration windows are dealt into; the strength of the ridge is chosen on unseen ones.
         ahead: Layers below a gap that begin to give what it gave, in passes at the end; fewer below a short gap.
+        final: Once the target depth is reached, fit the gains of the final norm to what the dense model predicts and to
+            the text (`come_pl/pruning/final_norm.py`).
     """
 
     def __init__(
@@ -91,6 +96,7 @@ class Refit:
         weighting: Weighting = "inverse",
         folds: int = 4,
         ahead: int = 2,
+        final: bool = True,
     ):
         if ahead < 0:
             raise ValueError(f"ahead {ahead}: the number of layers below a gap is not negative")
@@ -101,7 +107,7 @@ class Refit:
         if folds < 2:
             raise ValueError(f"folds {folds}: a strength chosen on unseen windows needs at least 2")
         self.parts, self.when, self.sweep, self.weighting, self.folds = parts, when, sweep, weighting, folds
-        self.ahead = ahead
+        self.ahead, self.final = ahead, final
         self._guess: dict[str, float] = {}
 
     def resolved(self, method: str, family: Family) -> Refit:
@@ -115,7 +121,7 @@ class Refit:
             check_family(family)
         if when == "auto":
             when = "step" if method == "come" else "end"
-        return Refit(parts, when, self.sweep, self.weighting, self.folds, self.ahead)
+        return Refit(parts, when, self.sweep, self.weighting, self.folds, self.ahead, self.final)
 
     @property
     def on(self) -> bool:
@@ -129,7 +135,7 @@ class Refit:
     @property
     def settings(self) -> dict[str, Any]:
         """For the run's identity and its `run.json`."""
-        names = ("parts", "when", "sweep", "weighting", "folds", "ahead")
+        names = ("parts", "when", "sweep", "weighting", "folds", "ahead", "final")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -161,6 +167,12 @@ class Refit:
                     self._layer(module, record, layer, weights, errors, gaps.get(layer, ()))
                     module.advance(layer)
                 module.changed_from(lowest)
+            if self.final:
+                module.reach(len(module.student))
+                gains = final_norm.gains(module, self.folds)
+                if gains is not None:
+                    weights[f"{FINAL_NORM}.weight"] = gains
+                    set_weights(module.student, {f"{FINAL_NORM}.weight": gains})
         step.weights = weights or None
         step.scores["refit_error"] = errors
 

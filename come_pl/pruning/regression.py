@@ -88,12 +88,8 @@ class NormalEquations:
         self.tokens += (root > 0).sum()
 
     def add_windows(self, batch: dict[str, Any], x: Tensor, r: Tensor, weight: Tensor) -> None:
-        """The windows of a batch: x, r (batch, seq, width), weight (batch, seq). A window's fold goes by its content:
-        which process it is on, or its place in a batch, must not matter."""
-        name = f"folds of {len(self.c)}"
-        if name not in batch:  # asked once: `tolist()` waits for the device
-            batch[name] = (batch["input_ids"].sum(1) % len(self.c)).tolist()
-        for window, fold in enumerate(batch[name]):
+        """The windows of a batch: x, r (batch, seq, width), weight (batch, seq)."""
+        for window, fold in enumerate(folds_of(batch, len(self.c))):
             self.add(x[window], r[window], weight[window], fold)
 
     def summed(self, total: Callable[[Tensor], Tensor]) -> NormalEquations:
@@ -166,12 +162,21 @@ class NormalEquations:
         change = self._change(a, b, grid[here])
         if change is None:
             return None
-        change, split = _rounded(change), change.shape[1] - self.bias
+        change, split = rounded_change(change), change.shape[1] - self.bias
         bias = change[:, split].float() if self.bias else None
         return Fit(change[:, :split].float(), bias, grid[here], float(f"{error(here) / nothing:.6g}"))
 
 
-def _rounded(change: Tensor) -> Tensor:
+def folds_of(batch: dict[str, Any], folds: int) -> list[int]:
+    """Which fold each window of a batch is in. That goes by its content: which process it is on, or its place in a
+    batch, must not matter."""
+    name = f"folds of {folds}"
+    if name not in batch:  # asked once: `tolist()` waits for the device
+        batch[name] = (batch["input_ids"].sum(1) % folds).tolist()
+    return batch[name]
+
+
+def rounded_change(change: Tensor) -> Tensor:
     """To a millionth of the largest entry: the order in which processes' sums were added leaves no trace."""
     largest = float(change.abs().max())
     if largest == 0:
