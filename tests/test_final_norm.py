@@ -127,11 +127,13 @@ def test_few_positions_are_spread_evenly() -> None:
 
 
 def test_one_window_is_too_few_and_capped_logits_are_left_alone() -> None:
-    module, _, _ = ready("llama", Step("drop", [2]))
-    kept = module.batches, module._states
-    module.batches = [{n: None if v is None else v[:1] for n, v in b.items() if "fold" not in n} for b in kept[0][:1]]
-    module._states, module._valid, module.cache = [None], [0], "none"
-    assert final_norm.gains(module, 4) is None
+    for unseen in (False, True):
+        module, _, _ = ready("llama", Step("drop", [2]))
+        part = module.batches[0]
+        [row, *_] = [row for row, ids in enumerate(part["input_ids"]) if (int(ids.sum()) % 4 == 0) == unseen]
+        module.batches = [{name: part[name][row : row + 1] for name in ("input_ids", "mask")} | {"attention": None}]
+        module._states, module._valid, module.cache = [None], [0], "none"
+        assert final_norm.gains(module, 4) is None
     capped, _, _ = ready("llama", Step("drop", [2]))
     capped.student.config.final_logit_softcapping = 30.0
     assert final_norm.gains(capped, 4) is None

@@ -335,7 +335,7 @@ def test_a_race_measures_what_loss_does():
     for layer in (3, 4):
         assert race.mean(layer) == pytest.approx(module.loss(layer, skip=[layer]), rel=1e-6)
     assert race.above[7 - winner] == pytest.approx(race.mean(7 - winner) - race.mean(winner), abs=1e-6)
-    assert cost.layer_tokens == (2 * TOKENS) + TOKENS - int(module._windows((0, slice(0, 1)))["mask"].sum())
+    assert cost.layer_tokens == (2 * TOKENS) + TOKENS - int(module.part((0, slice(0, 1)))["mask"].sum())
 
 
 @pytest.mark.parametrize("errors", [math.inf, 4.0, 0.0])

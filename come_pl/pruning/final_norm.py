@@ -57,7 +57,7 @@ def gains(module: PruningModule, folds: int, positions: int = POSITIONS) -> Tens
     if getattr(student.config, "final_logit_softcapping", None) is not None or norm.weight is None:
         return None
     seen, unseen = _positions(module, folds, positions)
-    factor = torch.ones_like(seen.u[0])
+    factor = seen.u.new_ones(seen.u.shape[1])
     counts = module.sum(torch.tensor([len(seen.u), len(unseen.u)], dtype=torch.float64)).tolist()
     if min(counts) == 0:
         return None

@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from torch import Tensor, nn
 
 from come_pl import record as records
 from come_pl.decoder import Decoder, attention_mask
 from come_pl.offload import Offload, Store, aside, matrices, take_back
+from come_pl.pruning.batches import CalibrationBatches
 from come_pl.pruning.race import Look, Race
 from come_pl.pruning.sites import SiteRace
 from come_pl.pruning.streams import Block, Cache, FileBlock, Streams
@@ -37,7 +37,7 @@ class NotFinite(ValueError):
     """Calibration gave NaN or infinity."""
 
 
-class PruningModule(LightningModule):
+class PruningModule(CalibrationBatches):
     """Holds the dense model (teacher) and the model being pruned (student), and collects statistics of the student.
 
     One epoch is one pass over the calibration windows. After a step only the layers from the lowest changed one upward
@@ -96,7 +96,7 @@ class PruningModule(LightningModule):
         self.student_model = records.replay(record, model) if record.steps else share(model)
         self.teacher, self.student = Decoder(self.teacher_model), Decoder(self.student_model)
         self.needs, self.span = frozenset(needs), span
-        self.batches: list[dict[str, Any]] = []
+        self.hold()
         self._streams = Streams(self.cache_gib, files)
         self._store, self._retired = Store(files), list[nn.Parameter]()  # of dense layers that nobody needs
         self._states: list[Block | None] = []  # of each batch
@@ -105,7 +105,6 @@ class PruningModule(LightningModule):
         self._teacher_states: dict[int, Block] = {}  # the same of the teacher, once something asks for them
         self._teacher_final: dict[int, Tensor] = {}
         self._ahead: set[int] = set()  # batches that the next pass need not run: monitoring measured them
-        self._targets: dict[int | None, float] = {}  # predicted tokens of all processes, by number of windows
         self.statistics = self._fresh_statistics()
 
     def _fresh_statistics(self) -> LayerStatistics:
@@ -132,7 +131,9 @@ class PruningModule(LightningModule):
             wanted = bool(self.needs) and (
                 self.pass_windows is None or batch_idx in self.first_batches(self.pass_windows)
             )
-            monitored = None if batch_idx in self._teacher_final else self._monitored().get(batch_idx)
+            monitored = (
+                None if batch_idx in self._teacher_final else self.monitored(self.monitor_windows).get(batch_idx)
+            )
             if wanted and batch_idx not in self._ahead:
                 # the first batch tells what the others may leave out
                 whole = batch_idx == 0 or monitored is not None
@@ -141,7 +142,7 @@ class PruningModule(LightningModule):
                 self.sites.narrow([batch["mask"] for batch in self.batches[: batch_idx + 1]])
             if monitored is not None:
                 if final is None or self.record.steps:
-                    final = self.teacher.run(*_inputs(self._windows((batch_idx, monitored))))
+                    final = self.teacher.run(*_inputs(self.part((batch_idx, monitored))))
                 # else the student is the dense model still
                 self._teacher_final[batch_idx] = final[: monitored.stop]
 
@@ -199,7 +200,7 @@ class PruningModule(LightningModule):
         if kept is None:
             start = 0
         hidden = kept[start][look[1]] if kept is not None and start else None
-        return self.student.run(*_inputs(self._windows(look)), start=start, hidden=hidden, **arrangement)
+        return self.student.run(*_inputs(self.part(look)), start=start, hidden=hidden, **arrangement)
 
     # -- what methods may ask for -----------------------------------------------------------------------------------
 
@@ -271,42 +272,14 @@ class PruningModule(LightningModule):
             return self._losses(look, **candidate(number))
 
         def counted(look: Look) -> Tensor:
-            return targets_of(self._windows(look)["mask"])
+            return targets_of(self.part(look)["mask"])
 
-        return Race(measure, list(self._looks(windows)), counted, self.sum)
+        return Race(measure, list(self.looks(windows)), counted, self.sum)
 
     def _losses(self, look: Look, start: int, **arrangement: Any) -> Tensor:
-        batch = self._windows(look)
+        batch = self.part(look)
         hidden = self._forward(look, start, **arrangement)
         return token_losses(self.student, hidden, batch["input_ids"], batch["mask"])
-
-    def _looks(self, windows: int | None) -> Iterator[Look]:
-        """The first windows of all processes in order: batches, the first of them one window at a time."""
-        for number, index in enumerate(self.first_batches(windows)):
-            if number == 0:
-                yield from ((index, slice(row, row + 1)) for row in range(len(self.batches[index]["input_ids"])))
-            else:
-                yield index, slice(None)
-
-    def _windows(self, look: Look) -> dict[str, Any]:
-        """Some windows of a batch."""
-        index, rows = look
-        return {name: value if value is None else value[rows] for name, value in self.batches[index].items()}
-
-    def targets(self, windows: int | None = None) -> float:
-        """Predicted tokens of the calibration windows, or the first so many, of all processes; at least 1."""
-        if windows not in self._targets:
-            batches = [self.batches[index] for index in self.first_batches(windows)]
-            counts = [targets_of(batch["mask"]).sum(dtype=torch.float64) for batch in batches]
-            self._targets[windows] = max(float(self.sum(torch.stack(counts).sum())), 1.0)
-        return self._targets[windows]
-
-    def sum(self, value: Tensor) -> Tensor:
-        """Sum over processes, on the CPU."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            value = value.to(self.device)
-            torch.distributed.all_reduce(value)
-        return value.cpu()
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
@@ -368,30 +341,6 @@ class PruningModule(LightningModule):
             store[layer + 1] = stream_at(self.student, layer + 1, *inputs, start=layer, hidden=hidden)
             self._valid[index] = layer + 1
 
-    def first_batches(self, windows: int | None) -> list[int]:
-        """Indices of the batches seen so far with the first `windows` calibration windows of all processes together,
-        rounded up to whole batches; of all batches without a number."""
-        taken, found = 0, []
-        for index, batch in enumerate(self.batches):
-            if windows is not None and taken * self.world >= windows:
-                break
-            found.append(index)
-            taken += len(batch["input_ids"])
-        return found
-
-    def _monitored(self) -> dict[int, slice]:
-        """Which windows of which batches are monitored."""
-        left, found = -(-self.monitor_windows // self.world), {}
-        for index in self.first_batches(self.monitor_windows):
-            count = min(left, len(self.batches[index]["input_ids"]))
-            found[index], left = slice(0, count), left - count
-        return found
-
-    @property
-    def world(self) -> int:
-        """Number of processes."""
-        return self.trainer.world_size if self._trainer is not None else 1
-
     @torch.inference_mode()
     def monitor(self, ahead: bool = False) -> tuple[float, float]:
         """(loss, KL(teacher ‖ student)) of the student as it is, nats a token, on the monitored windows.
@@ -401,9 +350,9 @@ class PruningModule(LightningModule):
                 measured now, while they run.
         """
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
-        for look in self._monitored().items():
+        for look in self.monitored(self.monitor_windows).items():
             index, rows = look
-            batch = self._windows(look)
+            batch = self.part(look)
             if ahead and self.needs and index in self.first_batches(self.pass_windows):
                 whole = self._measure(index)
                 assert whole is not None, "nothing is left out"
