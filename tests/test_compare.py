@@ -52,7 +52,17 @@ def test_table_resume_and_a_method_that_fails(
 ) -> None:
     output = home / "out"
     words = arguments(
-        home, "--output", output, "--depths", 4, 5, "--seed", 3, "--methods", "come:norm=fold", "come:no_such=1"
+        home,
+        "--output",
+        output,
+        "--depths",
+        4,
+        5,
+        "--seed",
+        3,
+        "--methods",
+        "come:norm=fold,final=false,label=come norm=fold",
+        "come:no_such=1",
     )
     assert compared(monkeypatch, *words) == 1
     rows = table(output)
@@ -99,7 +109,14 @@ def test_table_resume_and_a_method_that_fails(
 
 
 @pytest.mark.parametrize(
-    ("method", "runs"), [("sleb", 1), ("come:refit=down", 1), ("come:sweep=1", 2), ("shortgpt:angular=true", 2)]
+    ("method", "runs"),
+    [
+        ("sleb", 1),
+        ("come:refit=down,final=false", 1),
+        ("come:refit=down", 2),
+        ("come:sweep=1", 2),
+        ("shortgpt:angular=true", 2),
+    ],
 )
 def test_a_depth_on_the_way_is_what_a_run_to_it_gives(
     method: str, runs: int, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from come_pl.pruning import final_norm
 from come_pl.pruning.module import PruningModule
+from come_pl.pruning.refit import Refit
 from come_pl.record import Record, Step, replay
 from come_pl.surgery import set_weights
 
@@ -137,6 +138,11 @@ def test_one_window_is_too_few_and_capped_logits_are_left_alone() -> None:
     capped, _, _ = ready("llama", Step("drop", [2]))
     capped.student.config.final_logit_softcapping = 30.0
     assert final_norm.gains(capped, 4) is None
+
+
+def test_depths_on_the_way_are_not_what_a_run_to_there_ends_with() -> None:
+    assert Refit("down", "step").ends and Refit("all", "end", final=False).ends and Refit("down", sweep=1).ends
+    assert not Refit("none").ends and not Refit("down", "step", final=False).ends
 
 
 @pytest.mark.parametrize("cache", ["ram", "none"])

@@ -31,7 +31,7 @@ from come_pl.taps import logit_rows, targets_of
 if TYPE_CHECKING:
     from come_pl.pruning.module import PruningModule
 
-POSITIONS = 4096  # predicted tokens that it is fitted to, of all processes, evenly spread
+POSITIONS = 4096  # predicted tokens of all processes that are looked at, evenly spread, and up to twice as many
 STRENGTHS = (0.01, 0.1, 1.0, 10.0)
 STEPS = 4
 
@@ -51,7 +51,7 @@ def gains(module: PruningModule, folds: int, positions: int = POSITIONS) -> Tens
 
     Args:
         folds: calibration windows are dealt into so many parts; the first is not fitted to.
-        positions: predicted tokens at most, rounded up to as many from each window.
+        positions: at least so many predicted tokens are looked at, where there are as many, and fewer than twice that.
     """
     student, norm = module.student, module.student.final_norm
     if getattr(student.config, "final_logit_softcapping", None) is not None or norm.weight is None:

@@ -133,6 +133,11 @@ class Refit:
         return max(self.sweep, int(self.when == "end")) if self.on else 0
 
     @property
+    def ends(self) -> bool:
+        """Whether something is repaired at the target depth only."""
+        return self.on and (self.sweeps > 0 or self.final)
+
+    @property
     def settings(self) -> dict[str, Any]:
         """For the run's identity and its `run.json`."""
         names = ("parts", "when", "sweep", "weighting", "folds", "ahead", "final")

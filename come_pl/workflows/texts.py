@@ -20,7 +20,7 @@ class EvaluationText:
         tokens: Tokens of each.
         seqlen: Tokens in a window; by default that of calibration.
         at: Depths on the way that it is measured at too, where a run to that depth would give the same model (not by
-            methods that need to know the last depth, nor with sweeps, which come at the end).
+            methods that need to know the last depth, nor with repairs that come at the end).
     """
 
     data: list[str] = field(default_factory=lambda: ["embedded"])
