@@ -9,7 +9,8 @@ and
 is the mean of the cross-entropies to the dense model's distribution and to the text: convex, with as many unknowns as
 the model is wide. It is solved by Fisher scoring, s ← s − (F + λ d I)⁻¹ g, with the gradient g, F the mean outer
 product of the next token's gradients, d its mean diagonal, and λ that of the least loss on windows that g and F have
-not seen; a step that is no better there is not taken. No learning rate, no epochs.
+not seen; a step that is no better there is not taken. No learning rate, no epochs. Processes exchange the tokens'
+states and each solves the whole problem, so that what comes out does not depend on how many there are.
 
 Not from a paper; temperature scaling (Guo et al., ICML 2017) is the case of one factor for all channels.
 """
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from come_pl.decoder import Decoder
@@ -58,8 +60,7 @@ def gains(module: PruningModule, folds: int, positions: int = POSITIONS) -> Tens
         return None
     seen, unseen = _positions(module, folds, positions)
     factor = seen.u.new_ones(seen.u.shape[1])
-    counts = module.sum(torch.tensor([len(seen.u), len(unseen.u)], dtype=torch.float64)).tolist()
-    if min(counts) == 0:
+    if not len(seen.u) or not len(unseen.u):
         return None
     best = _loss(module, unseen, factor)
     start = best
@@ -84,10 +85,10 @@ def gains(module: PruningModule, folds: int, positions: int = POSITIONS) -> Tens
 
 
 def _positions(module: PruningModule, folds: int, positions: int) -> tuple[_Positions, _Positions]:
-    """(what is fitted to, what is not)."""
+    """(what is fitted to, what is not), of all processes, window after window."""
     stride = max(1, math.floor(module.targets() / positions))
     head = module.student.model.get_output_embeddings().weight
-    found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[], []]
+    found: list[tuple[Tensor, ...]] = []  # of each window, filled up to as many rows as any has
     for number, batch in enumerate(module.batches):
         counted = targets_of(batch["mask"])
         picked = counted & ((counted.cumsum(1) - 1) % stride == 0)
@@ -97,15 +98,21 @@ def _positions(module: PruningModule, folds: int, positions: int) -> tuple[_Posi
             rows = picked[window].nonzero().squeeze(1)
             following = batch["input_ids"][window, 1:][rows]
             y = 0.5 * _expected(module, dense[window, rows]) + 0.5 * head[following].float()
-            found[fold == 0].append((states[window, rows].float(), y, following))
-    return _joined(found[0], head), _joined(found[1], head)
+            group = torch.full_like(following, int(fold == 0))
+            room = -(-counted.shape[1] // stride) - len(rows)
+            filled = [F.pad(values, (0, 0, 0, room)) for values in (states[window, rows].float(), y)]
+            found.append((*filled, F.pad(following, (0, room)), F.pad(group, (0, room), value=-1)))
+    u, y, following, group = (_gathered(module, torch.stack(values)) for values in zip(*found, strict=True))
+    seen, unseen = (_Positions(u[group == which], y[group == which], following[group == which]) for which in (0, 1))
+    return seen, unseen
 
 
-def _joined(parts: list[tuple[Tensor, Tensor, Tensor]], head: Tensor) -> _Positions:
-    nothing = head.new_zeros(0, head.shape[1], dtype=torch.float32)
-    parts = parts or [(nothing, nothing, nothing.new_zeros(0, dtype=torch.long))]
-    u, y, following = (torch.cat(list(values)) for values in zip(*parts, strict=True))
-    return _Positions(u, y, following)
+def _gathered(module: PruningModule, own: Tensor) -> Tensor:
+    """Windows (windows, rows, …) of all processes in the order of the text, which deals them out in turn, as one
+    (tokens, …)."""
+    if module.world > 1:
+        own = module.all_gather(own).transpose(0, 1).flatten(0, 1)  # type: ignore[union-attr]
+    return own.flatten(0, 1)
 
 
 def _normed(decoder: Decoder, stream: Tensor) -> Tensor:
@@ -136,24 +143,22 @@ def _parts(module: PruningModule, at: _Positions, factor: Tensor) -> Iterator[tu
 
 
 def _loss(module: PruningModule, at: _Positions, factor: Tensor) -> float:
-    """Nats a token, up to a constant, of all processes."""
-    total = torch.zeros(2, dtype=torch.float64, device=factor.device)
+    """Nats a token, up to a constant."""
+    total = torch.zeros((), dtype=torch.float64, device=factor.device)
     for rows, states, logits in _parts(module, at, factor):
-        total[0] += (logits.logsumexp(-1) - (at.y[rows] * states).sum(-1)).sum(dtype=torch.float64)
-        total[1] += len(states)
-    nats, count = module.sum(total).tolist()
-    return math.inf if math.isnan(nats) else nats / max(count, 1.0)
+        total += (logits.logsumexp(-1) - (at.y[rows] * states).sum(-1)).sum(dtype=torch.float64)
+    nats = float(total)
+    return math.inf if math.isnan(nats) else nats / len(at.u)
 
 
 def _derivatives(module: PruningModule, at: _Positions, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """(gradient (hidden,), F (hidden, hidden)), means over the tokens of all processes, fp64."""
+    """(gradient (hidden,), F (hidden, hidden)), means over the tokens, fp64."""
     head, width = module.student.model.get_output_embeddings().weight, len(factor)
     sums = torch.zeros(width + 1, width, dtype=torch.float64, device=factor.device)
-    count = torch.tensor(len(at.u), dtype=torch.float64, device=factor.device)
     for rows, _, logits in _parts(module, at, factor):
         expected = (logits.softmax(-1).to(head.dtype) @ head).float()
         sums[0] += (at.u[rows] * (expected - at.y[rows])).sum(0, dtype=torch.float64)
         own = at.u[rows] * (expected - head[at.following[rows]].float())
         sums[1:] += own.T @ own
-    sums = module.sum(sums) / module.sum(count).clamp(min=1)
+    sums = sums / len(at.u)
     return sums[0], sums[1:]
