@@ -20,6 +20,7 @@ from come_pl.pruning.loop import ProgressivePruning, PruningBar
 from come_pl.pruning.methods.come import CoMe
 from come_pl.pruning.methods.come_p import CoMeP
 from come_pl.pruning.module import NotFinite, PruningModule
+from come_pl.pruning.refit import Refit
 from come_pl.record import Record, replay
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -51,6 +52,7 @@ def prune(
     batch: int = 2,
     trainer: dict[str, Any] | None = None,
     after_step: Any = None,
+    refit: Refit | None = None,
     **options: Any,
 ) -> PruningModule:
     method = method or CoMe()
@@ -63,7 +65,7 @@ def prune(
     settings |= {"enable_model_summary": False, "enable_progress_bar": False, "default_root_dir": tmp_path}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        callback = ProgressivePruning(method, target, after_step)
+        callback = ProgressivePruning(method, target, after_step, refit)
         Trainer(callbacks=[callback], **(settings | (trainer or {}))).fit(module, Windows(batch))
     return module
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
-from lightning import Trainer
 from test_loop import Windows, prune
 
 from benchmarks.cost import counted
@@ -108,24 +107,9 @@ def test_a_run_that_was_cut_off_ends_with_the_same_model(tmp_path: Path, monkeyp
 def test_repair_follows_a_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Sweeps start from streams that are valid to other heights in other batches."""
     errors(monkeypatch, 0.5)
-    found = []
+    refit, found = Refit("down", when="end", folds=2), []
     for cache in ("ram", "none"):
-        module = PruningModule(cache=cache)  # type: ignore[arg-type]
-        method = CoMe(select="span", race=True)
-        module.attach(tiny_model(layers=LAYERS, seed=3), Record(LAYERS), needs=method.needs)
-        refit = Refit("down", when="end", folds=2).resolved("come", module.student.family)
-        trainer = Trainer(
-            max_epochs=-1,
-            callbacks=[ProgressivePruning(method, 5, refit=refit)],
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-            accelerator="cpu",
-            default_root_dir=tmp_path,
-        )
-        trainer.fit(module, Windows())
-        found.append(module)
+        found.append(run(tmp_path / cache, True, cache=cache, refit=refit)[0])
     assert lines(found[0])[-1]["scores"]["refit_error"] == pytest.approx(lines(found[1])[-1]["scores"]["refit_error"])
     other = found[1].student_model.state_dict()
     for name, value in found[0].student_model.state_dict().items():

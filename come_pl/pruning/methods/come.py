@@ -127,7 +127,7 @@ class CoMe(Method):
             (error of the new layer), loss (calibration loss of the best few by that). Pairs only; they need --refit.
             auto is local where layers are refitted, span elsewhere.
         race: Stop measuring sites that are clearly worse than the best after a part of the text, and what lies above
-            the best; the same choice unless chance is against it. On one process.
+            the best; the same choice unless chance is against it. On one process, without repair after each step.
     """
 
     needs = frozenset({"channel_intensity", "block_influence", "span_distance"})
