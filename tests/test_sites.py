@@ -20,6 +20,7 @@ from come_pl.pruning.module import PruningModule
 from come_pl.pruning.refit import Refit
 from come_pl.pruning.sites import SiteRace, Sites
 from come_pl.record import Record
+from come_pl.taps import stream_at
 
 LAYERS = 8
 
@@ -114,6 +115,20 @@ def test_repair_follows_a_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     other = found[1].student_model.state_dict()
     for name, value in found[0].student_model.state_dict().items():
         torch.testing.assert_close(value, other[name])
+
+
+def test_streams_that_a_race_left_out_are_run_when_asked_for(monkeypatch: pytest.MonkeyPatch):
+    errors(monkeypatch, 0.0)
+    module = PruningModule()
+    module.attach(tiny_model(layers=LAYERS, seed=3), Record(LAYERS), needs=CoMe().needs)
+    module.sites.begin(CoMe(race=True).sites(module.record, 3))
+    for index, batch in enumerate(Windows().train_dataloader()):
+        module.training_step(batch, index)
+    assert module.sites.stop is not None and module.sites.stop < LAYERS
+    for index, batch in enumerate(module.batches):
+        for boundary in range(LAYERS + 1):
+            expected = stream_at(module.student, boundary, batch["input_ids"], batch["attention"])
+            torch.testing.assert_close(module.stream(index, boundary), expected)
 
 
 def test_sites_are_given_up_and_keep_their_distance():
