@@ -28,6 +28,8 @@ SCORES = {  # key -> (panel title, colour bar label)
     "span_distance": ("Span distance: how far the hidden state moves across each merge site", "distance"),
     "loss_without": ("Calibration loss without each layer", "nats per token"),
     "loss_bridged": ("Calibration loss with a linear map in each layer's place", "nats per token"),
+    "bridged_divergence": ("Divergence with a linear map in each layer's place", "KL, nats per token"),
+    "gap_divergence": ("Divergence with a linear map in place of each gap chosen", "KL, nats per token"),
     "angular_distance": ("Angular distance: how far the last token turns across each block", "angle / π"),
     "magnitude": ("Magnitude: how large each layer's weights are", "reduced |W|"),
     "taylor": ("Taylor: how much each layer's weights matter to the loss, to first order", "reduced |W · ∂L/∂W|"),
@@ -44,7 +46,13 @@ SCORES = {  # key -> (panel title, colour bar label)
 BY_SITE = (  # at a site's first layer
     *("span_distance", "angular_distance", "window_distance", "final_similarity", "refitted_error"),
 )
-NOT_OF_LAYERS = ("ratio_loss", "ratio_losses", "training_loss", "refit_error")  # scores whose lists do not go by layer
+NOT_OF_LAYERS = (
+    "ratio_loss",
+    "ratio_losses",
+    "training_loss",
+    "refit_error",
+    "path_divergence",
+)  # scores whose lists do not go by layer
 
 
 def load_record(run_dir: Path) -> tuple[list[Step], dict[str, Any], int]:

@@ -14,6 +14,7 @@ from come_pl.pruning.methods.mka import MKA
 from come_pl.pruning.methods.prune_comp import PruneComp
 from come_pl.pruning.methods.replaceme import ReplaceMe
 from come_pl.pruning.methods.reverse import Reverse
+from come_pl.pruning.methods.shortest_path import ShortestPath
 from come_pl.pruning.methods.shortgpt import ShortGPT
 from come_pl.pruning.methods.sleb import SLEB
 from come_pl.pruning.methods.streamline import Streamline
@@ -30,6 +31,7 @@ METHODS: dict[str, type[Method]] = {
     "taylor+": TaylorPlus,
     "reverse": Reverse,
     "prune_comp": PruneComp,
+    "shortest_path": ShortestPath,
     "mka": MKA,
     "laco": LaCo,
     "replaceme": ReplaceMe,

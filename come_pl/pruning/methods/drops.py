@@ -60,7 +60,7 @@ class Drop(Method):
     def needs_for(self, record: Record) -> frozenset[str]:
         return self.needs | self.always
 
-    def drop(self, module: PruningModule, layers: Sequence[int], name: str, scores: Sequence[float]) -> Decision:
+    def drop(self, module: PruningModule, layers: Sequence[int], name: str, scores: Sequence[float | None]) -> Decision:
         """The step that drops adjacent student layers, decided by the scores called `name`."""
         step = Step("drop", list(layers), scores={name: list(scores)})
         if self.compensate == "magnitude":

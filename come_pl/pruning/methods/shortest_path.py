@@ -1,0 +1,251 @@
+"""Shortest path: drop the layers that cost least together once each gap is bridged. Our own; for runs that repair.
+
+A gap (a, b) drops the dense layers a … b − 1. Its cost is that of the dense model with a linear map in the gap's place
+(`bridge.py`), solved on windows of its own:
+
+    cost(a, b) = mean_t KL(dense ‖ dense with the bridge),   nats a token, at every fourth position
+
+1.  Costs add up nearly, as far as gaps are apart. For each number of gaps, up to `gaps`, the set with the least sum is
+    a shortest path through the boundaries 0 … L whose edges are kept layers (free) and gaps, found by dynamic
+    programming. Layer 0 stays: a repair needs a layer below each gap.
+2.  Costs are measured as paths come to need them. Until then a gap is taken to cost three quarters of its layers one by
+    one, and no less than any gap inside it.
+3.  Each of these sets is then measured as a whole, gap after gap, each map solved on the stream that those below leave;
+    the least divergence wins. This is where what does not add up is seen.
+
+A few tokens, the first above all, have a stream that is hundreds of times larger than that of the others from one
+layer on to near the top. A map made for the others loses them, a repair of all layers does not; so where such a token
+is large on both sides of a gap, or on neither, the map is spared it.
+
+Without `bridge` nothing stands in the gaps, which is the loss of plain drops.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from come_pl.pruning.methods import bridge as bridges
+from come_pl.pruning.methods.base import Decision, NoSite
+from come_pl.pruning.methods.common import check
+from come_pl.pruning.methods.drops import Drop, rounded
+from come_pl.pruning.module import NotFinite, PruningModule
+from come_pl.pruning.race import Look
+from come_pl.record import Record
+from come_pl.taps import losses_and_divergences, stream_at
+
+Gap = tuple[int, int]  # the first layer that is dropped, and the first above it that stays
+EVERY = 4  # positions of a window whose logits are looked at: the head is dear, and neighbours say much the same
+MASSIVE = 100.0  # mean square of a token's stream, in units of the window's median, from which it is massive
+OPTIMISM = 0.75  # what a gap is taken to cost before it is measured, in units of its layers one by one
+
+
+class BridgedModel:
+    """The dense model with gaps in it, each bridged by a linear map.
+
+    Args:
+        module: whose student is the dense model still, with streams of its first windows.
+        windows: calibration windows of all processes that divergences are measured on.
+        bridge: windows after those that maps are solved on; where there are none, on those measured. 0: no map.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, module: PruningModule, windows: int, bridge: int):
+        self.module, self.depth = module, len(module.student)
+        share = module.monitored(windows)
+        self.measured: list[Look] = list(share.items())
+        self.solved: list[Look] = []
+        if bridge:
+            for index, rows in module.monitored(windows + bridge).items():
+                rest = slice(share[index].stop if index in share else 0, rows.stop)
+                self.solved += [(index, rest)] * (rest.start < rest.stop)
+            if not float(module.sum(torch.tensor(float(len(self.solved))))):
+                self.solved = list(self.measured)
+        # each window once, whatever it is for
+        self.looks = self.measured + [look for look in self.solved if look not in self.measured]
+        self.final = [
+            module.student.run(*self._inputs(look), start=self.depth, hidden=self._dense(look, self.depth))
+            for look in self.measured
+        ]
+        self.massive = [self._massive(look) for look in self.looks]
+        self._known: dict[tuple[Gap, ...], float] = {}
+
+    def _dense(self, look: Look, boundary: int) -> Tensor:
+        return self.module.stream(look[0], boundary)[look[1]]
+
+    def _inputs(self, look: Look) -> tuple[Tensor, Tensor | None]:
+        batch = self.module.part(look)
+        return batch["input_ids"], batch["attention"]
+
+    def _massive(self, look: Look) -> Tensor:
+        """(boundaries, windows, seq): whether a token's stream is massive there."""
+        mask, found = self.module.part(look)["mask"], []
+        for boundary in range(self.depth + 1):
+            size = self._dense(look, boundary).float().square().mean(-1)
+            usual = size.where(mask, math.nan).nanmedian(1, keepdim=True).values
+            found.append((size > MASSIVE * usual) & mask)
+        return torch.stack(found)
+
+    @torch.inference_mode()
+    def divergence(self, gaps: Sequence[Gap]) -> float:
+        """KL(dense ‖ this), nats a token, with these gaps, from the lowest up; infinite where it is not a number."""
+        key = tuple(gaps)
+        if key not in self._known:
+            self._known[key] = self._divergence(key)
+        return self._known[key]
+
+    def _divergence(self, gaps: tuple[Gap, ...]) -> float:
+        module, looks = self.module, self.looks
+        streams = [self._dense(look, gaps[0][0]) for look in looks]
+        spared = [massive.any(0) for massive in self.massive]
+        for number, (first, end) in enumerate(gaps):
+            last = number + 1 == len(gaps)
+            change = self._change(streams, end) if self.solved else None
+            if last:
+                looks = self.measured
+            for place, look in enumerate(looks):
+                hidden = streams[place]
+                if change is not None:
+                    hidden = (hidden.float() + hidden.float() @ change.T).to(hidden.dtype)
+                    spared[place] &= self.massive[place][first] == self.massive[place][end]
+                    hidden = torch.where(spared[place][..., None], self._dense(look, end), hidden)
+                streams[place] = hidden
+                if not last:
+                    upto = gaps[number + 1][0]
+                    streams[place] = stream_at(module.student, upto, *self._inputs(look), start=end, hidden=hidden)
+        sums = torch.zeros(2, dtype=torch.float64, device=module.device)
+        for look, hidden, dense in zip(self.measured, streams, self.final, strict=False):
+            final = module.student.run(*self._inputs(look), start=gaps[-1][1], hidden=hidden)
+            batch = {name: module.part(look)[name][:, ::EVERY] for name in ("input_ids", "mask")}
+            both = final[:, ::EVERY], module.student, dense[:, ::EVERY]
+            _, divergences = losses_and_divergences(module.student, *both, **batch)
+            sums += torch.stack([divergences.sum(dtype=torch.float64), batch["mask"].sum().double()])
+        nats, tokens = module.sum(sums).tolist()
+        return rounded(nats / max(tokens, 1.0)) if math.isfinite(nats) else math.inf
+
+    def _change(self, streams: Sequence[Tensor], end: int) -> Tensor | None:
+        at = {id(look): hidden for look, hidden in zip(self.looks, streams, strict=True)}
+        parts = ((self.module.part(look), at[id(look)], self._dense(look, end)) for look in self.solved)
+        # the search begins where it always begins: what was measured before must not matter
+        fit = bridges.equations(self.module, parts).solve(0.1)
+        return None if fit is None else fit.change.to(self.module.device)
+
+
+def shortest_paths(depth: int, remove: int, most: int, cost: Callable[[Gap], float]) -> dict[int, list[Gap]]:
+    """For each number of gaps from 1 to `most` that is possible: those with the least sum of costs that drop `remove`
+    of `depth` layers; of equal sums the one with the lowest layers. Layer 0 is kept, and a layer between gaps."""
+    # (boundary, layers dropped, gaps) → (sum, gaps), for paths whose last edge is a kept layer
+    best: dict[tuple[int, int, int], tuple[float, list[Gap]]] = {(1, 0, 0): (0.0, [])}
+    found: dict[int, tuple[float, list[Gap]]] = {}
+    for boundary in range(1, depth + 1):
+        for dropped in range(remove + 1):
+            for count in range(most + 1):
+                if (boundary, dropped, count) not in best:
+                    continue
+                total, gaps = best[boundary, dropped, count]
+                edges = [(boundary, boundary)] if boundary < depth else []
+                if count < most:
+                    edges += [
+                        (boundary, end) for end in range(boundary + 1, min(boundary + remove - dropped, depth) + 1)
+                    ]
+                for gap in edges:
+                    new = (total + cost(gap), [*gaps, gap]) if gap[1] > boundary else (total, gaps)
+                    state = (gap[1] + 1, dropped + gap[1] - boundary, len(new[1]))
+                    if gap[1] == depth:  # the end, with no layer to keep above
+                        state = (depth + 1, *state[1:])
+                    if state not in best or new < best[state]:
+                        best[state] = new
+    for count in range(1, most + 1):
+        ends = [best[state] for state in ((depth, remove, count), (depth + 1, remove, count)) if state in best]
+        if ends:
+            found[count] = min(ends)
+    return {count: gaps for count, (_, gaps) in found.items()}
+
+
+class ShortestPath(Drop):
+    """Dropping the set of layers that costs least with every gap bridged, one gap a step, the cheapest first.
+
+    Args:
+        windows: Calibration windows that divergences are measured on.
+        bridge: Windows after those that the maps in the gaps are solved on; where there are none, on those that are
+            measured. 0: nothing stands in a gap, for runs without --refit.
+        gaps: Most gaps that the layers may be dropped in.
+    """
+
+    needs = frozenset({"streams"})
+    span = 1
+    progressive = False
+
+    def __init__(self, windows: int = 4, bridge: int = 16, gaps: int = 5, **options: Any):
+        super().__init__(**options)
+        check(windows=(windows, 1), bridge=(bridge, 0), gaps=(gaps, 1))
+        self.windows, self.bridge, self.gaps = windows, bridge, gaps
+        self.pass_windows = windows + bridge
+
+    def needs_for(self, record: Record) -> frozenset[str]:
+        return self.always if record.steps else super().needs_for(record)
+
+    def __call__(
+        self, module: PruningModule, statistics: dict[str, Tensor], record: Record, *, remove: int
+    ) -> Decision:
+        if record.steps:
+            plan = record.steps[0].scores["gap_divergence"]
+            alone = record.steps[0].scores["bridged_divergence"]
+            more = {}
+        else:
+            plan, alone, together = self.plan(module, remove)
+            more = {"path_divergence": together}
+        alive = list(range(record.teacher_layers))
+        for step in record.steps:
+            del alive[step.layers[0] : step.layers[-1] + 1]
+        left = [layer for layer in alive if plan[layer] is not None]
+        cheapest = min(left, key=lambda layer: (plan[layer], layer))
+        last = cheapest
+        while last + 1 in left:
+            last += 1
+        first = alive.index(cheapest)
+        layers = range(first, first + min(last - cheapest + 1, remove))
+        decision = self.drop(module, layers, "gap_divergence", [plan[layer] for layer in alive])
+        decision.step.scores |= {"bridged_divergence": [alone[layer] for layer in alive]} | more
+        return decision
+
+    def plan(
+        self, module: PruningModule, remove: int
+    ) -> tuple[list[float | None], list[float | None], list[float | None]]:
+        """(cost of the gap that each dense layer is dropped in, None for those that stay; cost of each alone, None for
+        layer 0; divergence of the best set of each number of gaps, all of them bridged)."""
+        depth = len(module.student)
+        if remove > depth - 1:
+            raise NoSite(f"shortest_path keeps layer 0, and {remove} of {depth} layers are to go")
+        model = BridgedModel(module, self.windows, self.bridge)
+        costs = {(layer, layer + 1): model.divergence([(layer, layer + 1)]) for layer in range(1, depth)}
+
+        def estimate(gap: Gap) -> float:
+            if gap not in guesses:
+                first, end = gap
+                inner = max(estimate((first + 1, end)), estimate((first, end - 1)))
+                guesses[gap] = max(OPTIMISM * sum(costs[i, i + 1] for i in range(first, end)), inner)
+            return guesses[gap]
+
+        while True:
+            guesses = dict(costs)
+            paths = shortest_paths(depth, remove, self.gaps, estimate)
+            unknown = sorted({gap for path in paths.values() for gap in path} - set(costs))
+            if not unknown:
+                break
+            costs |= {gap: model.divergence([gap]) for gap in unknown}
+        together = {count: model.divergence(path) for count, path in paths.items()}
+        best = min(together, key=lambda count: (together[count], count))
+        if together[best] == math.inf:
+            raise NotFinite(
+                "the divergence without the layers that cost least is not finite; the model overflows in this dtype"
+            )
+        plan: list[float | None] = [None] * depth
+        for gap in paths[best]:
+            plan[gap[0] : gap[1]] = [costs[gap]] * (gap[1] - gap[0])
+        alone = [costs[layer, layer + 1] for layer in range(1, depth)]
+        return plan, [None, *alone], [together.get(count) for count in range(1, self.gaps + 1)]

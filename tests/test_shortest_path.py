@@ -1,0 +1,233 @@
+"""Dropping by a shortest path: paths by brute force, divergences by maps and logits of their own, plans of runs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_model
+from test_drop_methods import IDS, MASK, measured, streams
+from test_loop import lines, prune
+
+from come_pl.decoder import Decoder
+from come_pl.pruning.methods import bridge as bridges
+from come_pl.pruning.methods.base import NoSite
+from come_pl.pruning.methods.shortest_path import EVERY, BridgedModel, ShortestPath, shortest_paths
+from come_pl.pruning.module import NotFinite, PruningModule
+from come_pl.pruning.refit import Refit
+from come_pl.record import Record
+from come_pl.taps import stream_at
+
+FAMILIES = ("llama", "qwen2-mixed", "opt", "gemma2")
+LAYERS = 6
+
+
+def gaps_of(dropped: tuple[int, ...]) -> list[tuple[int, int]]:
+    found: list[tuple[int, int]] = []
+    for layer in dropped:
+        if found and found[-1][1] == layer:
+            found[-1] = (found[-1][0], layer + 1)
+        else:
+            found.append((layer, layer + 1))
+    return found
+
+
+@pytest.mark.parametrize("depth, remove, most", [(7, 3, 3), (7, 4, 2), (6, 5, 5), (8, 1, 3), (5, 4, 1)])
+def test_paths_are_the_best_of_all_sets(depth: int, remove: int, most: int):
+    draw = random.Random(depth)
+    for _ in range(5):
+        cost = {(a, b): draw.random() * (b - a) for a in range(depth) for b in range(a + 1, depth + 1)}
+        best: dict[int, float] = {}
+        for dropped in itertools.combinations(range(1, depth), remove):
+            gaps = gaps_of(dropped)
+            if len(gaps) <= most:
+                best[len(gaps)] = min(best.get(len(gaps), math.inf), sum(cost[gap] for gap in gaps))
+        found = shortest_paths(depth, remove, most, cost.__getitem__)
+        assert set(found) == set(best)
+        for count, gaps in found.items():
+            assert len(gaps) == count and sum(b - a for a, b in gaps) == remove
+            assert sum(cost[gap] for gap in gaps) == pytest.approx(best[count], rel=1e-12)
+
+
+def solved(x: torch.Tensor, t: torch.Tensor, strength: float) -> torch.Tensor:
+    w = 1 / t.square().mean(-1, keepdim=True)
+    a, b = (w * x).T @ x, (w * (t - x)).T @ x
+    return b @ torch.linalg.inv(a + strength * a.diagonal().mean() * torch.eye(len(a), dtype=a.dtype))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("gaps", [[(2, 4)], [(1, 2), (4, 6)], [(1, 3), (4, 5)]])
+@pytest.mark.parametrize("large", [False, True])
+def test_a_divergence_is_that_of_whole_runs(
+    family: str, gaps: list[tuple[int, int]], large: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Two windows measured, the other two for the maps; each window alone, without padding. A token that is massive
+    wherever it stands gets the dense stream after a gap."""
+    dense = tiny_model(family, layers=LAYERS, seed=2)
+    word = int(IDS[0, 3])
+    if large:
+        with torch.no_grad():
+            dense.get_input_embeddings().weight[word] *= 60
+    module = measured(dense, ShortestPath(windows=2, bridge=2))
+    strengths: list[float] = []
+
+    def kept(*arguments: Any) -> Any:
+        equations = actual(*arguments)
+        solve = equations.solve
+
+        def noted(guess: float | None = None) -> Any:
+            fit = solve(guess)
+            strengths.append(math.inf if fit is None else fit.strength)
+            return fit
+
+        equations.solve = noted  # type: ignore[method-assign]
+        return equations
+
+    actual = bridges.equations
+    monkeypatch.setattr(bridges, "equations", kept)
+    model = BridgedModel(module, 2, 2)
+    found = model.divergence(gaps)
+    assert len(strengths) == len(gaps)
+    assert model.divergence(gaps) == found and len(strengths) == len(gaps), "asked again it is known"
+
+    decoder, whole = Decoder(dense), streams(dense)
+    rows = [row[real][None] for row, real in zip(IDS, MASK)]
+    here = [states[gaps[0][0]] for states in whole]
+    big = [torch.stack([s.square().mean(-1) > 100 * s.square().mean(-1).median() for s in states]) for states in whole]
+    assert any(bool(b.any()) for b in big) == large or family == "gemma2"
+    spared = [b.any(0) for b in big]
+    for number, (first, end) in enumerate(gaps):
+        if strengths[number] < math.inf:
+            fitted = [here[2], here[3]], [whole[2][end], whole[3][end]]
+            change = solved(torch.cat(fitted[0]), torch.cat(fitted[1]), strengths[number])
+            for window in range(4):
+                spared[window] = spared[window] & (big[window][first] == big[window][end])
+                mapped = (here[window] + here[window] @ change.T).float().double()
+                here[window] = torch.where(spared[window][:, None], whole[window][end], mapped)
+        upto = gaps[number + 1][0] if number + 1 < len(gaps) else LAYERS
+        for window in range(4):
+            stream = here[window].float()[None]
+            with torch.no_grad():
+                here[window] = stream_at(decoder, upto, rows[window], start=end, hidden=stream)[0].double()
+    nats, tokens = 0.0, 0
+    for window in range(2):
+        begin = int(MASK[window].long().argmax())
+        at = [p - begin for p in range(0, MASK.shape[1], EVERY) if MASK[window, p]]
+        with torch.no_grad():
+            ends = [decoder.final_norm(s.float()[None]) for s in (whole[window][LAYERS], here[window])]
+            p, q = (F.log_softmax(decoder.logits(e)[0, at].double(), -1) for e in ends)
+        nats, tokens = nats + float((p.exp() * (p - q)).sum()), tokens + len(at)
+    assert found == pytest.approx(nats / tokens, rel=2e-3, abs=1e-7) and found > 0
+
+
+def test_maps_are_of_windows_that_are_not_measured():
+    module = measured(tiny_model(layers=LAYERS), ShortestPath())
+    assert BridgedModel(module, 2, 2).measured == [(0, slice(0, 2))]
+    assert BridgedModel(module, 2, 2).solved == [(1, slice(0, 2))]
+    assert BridgedModel(module, 1, 2).solved == [(0, slice(1, 2)), (1, slice(0, 1))]
+    alone = BridgedModel(module, 4, 8)
+    assert alone.solved == alone.measured == [(0, slice(0, 2)), (1, slice(0, 2))], "there are no others"
+    assert BridgedModel(module, 3, 0).solved == []
+
+
+@pytest.mark.parametrize("bridge", [0, 2])
+@pytest.mark.parametrize("cache", ["ram", "disk", "none"])
+def test_a_run_drops_the_best_of_the_paths(bridge: int, cache: Any, tmp_path: Path):
+    """What the record says was measured is measured here again, in another order; and it drops what costs least."""
+    dense = tiny_model(layers=7, seed=5)
+    method: Any = ShortestPath(windows=2, bridge=bridge, gaps=2)
+    record = Record(7, tmp_path / "record.jsonl")
+    run = prune(tmp_path, method=method, model=dense, target=4, record=record, cache=cache)
+    kept = [group[0] for group in run.record.groups]
+    dropped = tuple(layer for layer in range(7) if layer not in kept)
+    module = PruningModule()
+    module.attach(dense, Record(7), needs=method.needs, span=1)
+    for index, batch in enumerate(run.batches):
+        module.training_step({"input_ids": batch["input_ids"], "mask": batch["mask"]}, index)
+    model = BridgedModel(module, 2, bridge)
+    model_alone = [model.divergence([(layer, layer + 1)]) for layer in range(1, 7)]
+    first = run.record.steps[0].scores
+    assert first["bridged_divergence"][0] is None
+    assert first["bridged_divergence"][1:] == pytest.approx(model_alone, rel=1e-5)
+    together = [t for t in first["path_divergence"] if t is not None]
+    assert len(together) == 2
+    found = model.divergence(gaps_of(dropped))
+    assert min(together) == pytest.approx(found, rel=1e-5) and len(dropped) == 3
+    gap_costs = {gap: model.divergence([gap]) for gap in gaps_of(dropped)}
+    for gap, cost in gap_costs.items():
+        assert first["gap_divergence"][gap[0] : gap[1]] == pytest.approx([cost] * (gap[1] - gap[0]), rel=1e-5)
+    assert [layer for layer, value in enumerate(first["gap_divergence"]) if value is not None] == list(dropped)
+    order = sorted(gap_costs, key=lambda gap: gap_costs[gap])
+    assert [len(step.layers) for step in run.record.steps] == [b - a for a, b in order]
+
+
+def test_a_run_that_was_cut_goes_on_with_the_plan(tmp_path: Path):
+    method: Any = ShortestPath(windows=2, bridge=2)
+    model = tiny_model(layers=7, seed=8)
+    runs = []
+    for name, cut in (("whole", False), ("half", True)):
+        record = Record(7, tmp_path / name / "record.jsonl")
+        (tmp_path / name).mkdir()
+        settings: dict[str, Any] = {"method": method, "model": model, "target": 3, "refit": Refit("down")}
+        if cut:
+            prune(tmp_path / name, record=record, trainer={"max_steps": 1}, **settings)
+            record = Record.read(tmp_path / name / "record.jsonl", 7)
+            assert len(record.steps) == 1
+        runs.append(prune(tmp_path / name, record=record, **settings))
+    assert len(runs[0].record.steps) > 1, "otherwise nothing was cut"
+    assert lines(runs[0]) == lines(runs[1])
+    assert runs[0].record.layers == 3 and runs[0].record.steps[1].scores.get("path_divergence") is None
+
+
+def test_layer_0_stays_and_numbers_are_numbers():
+    module = measured(tiny_model(layers=5), ShortestPath())
+    with pytest.raises(NoSite, match="keeps layer 0, and 5 of 5 layers are to go"):
+        ShortestPath()(module, {}, module.record, remove=5)
+    assert ShortestPath()(module, {}, module.record, remove=4).step.layers == [1, 2, 3, 4]
+    for wrong in ("windows", "gaps"):
+        with pytest.raises(ValueError, match=f"{wrong} 0: at least 1"):
+            ShortestPath(**{wrong: 0})
+    with pytest.raises(ValueError, match="bridge -1: at least 0"):
+        ShortestPath(bridge=-1)
+    broken = PruningModule()
+    broken.attach(tiny_model(layers=5), Record(5), needs=frozenset({"streams"}), span=1)
+    with torch.no_grad():
+        broken.teacher_model.lm_head.weight[3] = math.nan
+    broken.training_step({"input_ids": IDS[:2], "mask": MASK[:2]}, 0)
+    with pytest.raises(NotFinite, match="overflows"):
+        ShortestPath()(broken, {}, broken.record, remove=2)
+
+
+def test_costs_are_measured_where_paths_come_by(monkeypatch: pytest.MonkeyPatch):
+    """With costs that add up, and long gaps somewhat dearer: the best of all sets of each number of gaps, found from
+    fewer costs than there are."""
+    depth, remove, most = 12, 5, 3
+    draw = random.Random(3)
+    alone = [0.2 + 5 * draw.random() ** 2 for _ in range(depth)]
+    asked: set[tuple[tuple[int, int], ...]] = set()
+
+    def cost(gap: tuple[int, int]) -> float:
+        return sum(alone[gap[0] : gap[1]]) * (0.8 + 0.1 * (gap[1] - gap[0]))
+
+    def divergence(self: Any, gaps: Any) -> float:
+        asked.add(tuple(gaps))
+        return sum(map(cost, gaps))
+
+    monkeypatch.setattr(BridgedModel, "divergence", divergence)
+    module = measured(tiny_model(layers=depth), ShortestPath())
+    plan, singles, together = ShortestPath(gaps=most).plan(module, remove)
+    best: dict[int, float] = {}
+    for dropped in itertools.combinations(range(1, depth), remove):
+        gaps = gaps_of(dropped)
+        best[len(gaps)] = min(best.get(len(gaps), math.inf), sum(map(cost, gaps)))
+    assert together == pytest.approx([best[count] for count in range(1, most + 1)])
+    chosen = gaps_of(tuple(layer for layer in range(depth) if plan[layer] is not None))
+    assert sum(map(cost, chosen)) == pytest.approx(min(together)) and singles[0] is None
+    gaps = {gap for path in asked if len(path) == 1 for gap in path}
+    assert len(gaps) < sum(depth - length for length in range(1, remove + 1)), "not all of them"
