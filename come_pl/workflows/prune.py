@@ -20,6 +20,7 @@ from come_pl.decoder import Decoder, family_of
 from come_pl.offload import move
 from come_pl.pruning.loop import ProgressivePruning, PruningBar, log_step, retires
 from come_pl.pruning.methods import find
+from come_pl.pruning.methods.shortest_path import BRIDGE
 from come_pl.pruning.module import PruningModule
 from come_pl.pruning.refit import Refit
 from come_pl.record import Meter, Record
@@ -214,7 +215,10 @@ def costs(record: Record) -> dict[str, float]:
 
 
 def _selecting(options: dict[str, Any], refit: Refit) -> dict[str, Any]:
-    """The options with `select: auto` spelt out. Raises ValueError: a choice by refitted layers without refits."""
+    """The options with `select: auto` and `bridge` without a number spelt out. Raises ValueError: a choice by refitted
+    layers without refits."""
+    if "bridge" in options and options["bridge"] is None:
+        options["bridge"] = BRIDGE if refit.on else 0
     select = options.get("select", "span")
     if select == "auto":
         plain = not refit.on or options.get("merge_item", 2) != 2

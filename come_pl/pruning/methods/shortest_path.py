@@ -1,23 +1,28 @@
-"""Shortest path: drop the layers that cost least together once each gap is bridged. Our own; for runs that repair.
+"""Shortest path: drop the layers that cost least together once each gap is repaired. Our own; for runs that repair.
 
-A gap (a, b) drops the dense layers a … b − 1. Its cost is that of the dense model with a linear map in the gap's place
-(`bridge.py`), solved on windows of its own:
+A gap (a, b) drops the dense layers a … b − 1. Its cost is that of the dense model without them, where the MLP of the
+layer below gives as much of what is missing as its output projection can, as a repair would have it (`refit.py`):
 
-    cost(a, b) = mean_t KL(dense ‖ dense with the bridge),   nats a token, at every fourth position
+    Δ = argmin_Δ Σ_t w_t ‖T_b − h_a − Δ x‖² + λ s ‖Δ‖²,   w_t = 1 / mean_c(T_b²);      h_b = h_a + Δ x
+    cost(a, b) = mean_t KL(dense ‖ dense with this gap),   nats a token, at every fourth position
+
+h_a is the stream before the gap, T_b the dense one after it, x the input of `down_proj` in layer a − 1; Δ is solved on
+windows of its own and stays nowhere.
 
 1.  Costs add up nearly, as far as gaps are apart. For each number of gaps, up to `gaps`, the set with the least sum is
     a shortest path through the boundaries 0 … L whose edges are kept layers (free) and gaps, found by dynamic
     programming. Layer 0 stays: a repair needs a layer below each gap.
 2.  Costs are measured as paths come to need them. Until then a gap is taken to cost three quarters of its layers one by
     one, and no less than any gap inside it.
-3.  Each of these sets is then measured as a whole, gap after gap, each map solved on the stream that those below leave;
-    the least divergence wins. This is where what does not add up is seen.
+3.  Each of these sets is then measured as a whole, gap after gap, each Δ solved on what the layers below give by then.
+    This is where what does not add up is seen. The fewest gaps win whose divergence is at most `slack` above the
+    least: a few windows tell no more than that, and a repair makes up better for one long gap than for several.
 
 A few tokens, the first above all, have a stream that is hundreds of times larger than that of the others from one
-layer on to near the top. A map made for the others loses them, a repair of all layers does not; so where such a token
-is large on both sides of a gap, or on neither, the map is spared it.
+layer on to near the top. Δ, made for the others, loses them; a repair of all layers does not. So where such a token is
+large on both sides of a gap, or on neither, it gets the dense stream.
 
-Without `bridge` nothing stands in the gaps, which is the loss of plain drops.
+Without `bridge` nothing stands in for a gap, which gives the divergence of plain drops.
 """
 
 from __future__ import annotations
@@ -29,28 +34,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from come_pl.pruning.methods import bridge as bridges
 from come_pl.pruning.methods.base import Decision, NoSite
 from come_pl.pruning.methods.common import check
 from come_pl.pruning.methods.drops import Drop, rounded
 from come_pl.pruning.module import NotFinite, PruningModule
 from come_pl.pruning.race import Look
+from come_pl.pruning.refit import token_weights
+from come_pl.pruning.regression import NormalEquations
 from come_pl.record import Record
-from come_pl.taps import losses_and_divergences, stream_at
+from come_pl.taps import layer_run, losses_and_divergences, stream_at
 
 Gap = tuple[int, int]  # the first layer that is dropped, and the first above it that stays
 EVERY = 4  # positions of a window whose logits are looked at: the head is dear, and neighbours say much the same
 MASSIVE = 100.0  # mean square of a token's stream, in units of the window's median, from which it is massive
+BRIDGE = 16  # windows that Δ is solved on
+STRENGTHS = (0.1, 1.0)  # λ: the better one on unseen windows; a choice of layers needs no finer one
+FOLDS = 4
 OPTIMISM = 0.75  # what a gap is taken to cost before it is measured, in units of its layers one by one
 
 
 class BridgedModel:
-    """The dense model with gaps in it, each bridged by a linear map.
+    """The dense model with gaps in it, for which the layers below them stand in.
 
     Args:
         module: whose student is the dense model still, with streams of its first windows.
         windows: calibration windows of all processes that divergences are measured on.
-        bridge: windows after those that maps are solved on; where there are none, on those measured. 0: no map.
+        bridge: windows after those that Δ is solved on; where there are none, on those measured. 0: no Δ.
     """
 
     @torch.inference_mode()
@@ -99,40 +108,57 @@ class BridgedModel:
         return self._known[key]
 
     def _divergence(self, gaps: tuple[Gap, ...]) -> float:
-        module, looks = self.module, self.looks
-        streams = [self._dense(look, gaps[0][0]) for look in looks]
+        module, looks, reach = self.module, self.looks, int(bool(self.solved))  # layers below a gap that stand in
+        streams = [self._dense(look, gaps[0][0] - reach) for look in looks]
         spared = [massive.any(0) for massive in self.massive]
         for number, (first, end) in enumerate(gaps):
             last = number + 1 == len(gaps)
-            change = self._change(streams, end) if self.solved else None
+            streams = self._across(streams, first, end, last) if self.solved else streams
             if last:
-                looks = self.measured
+                break
             for place, look in enumerate(looks):
-                hidden = streams[place]
-                if change is not None:
-                    hidden = (hidden.float() + hidden.float() @ change.T).to(hidden.dtype)
+                if self.solved:
                     spared[place] &= self.massive[place][first] == self.massive[place][end]
-                    hidden = torch.where(spared[place][..., None], self._dense(look, end), hidden)
-                streams[place] = hidden
-                if not last:
-                    upto = gaps[number + 1][0]
-                    streams[place] = stream_at(module.student, upto, *self._inputs(look), start=end, hidden=hidden)
+                    streams[place] = torch.where(spared[place][..., None], self._dense(look, end), streams[place])
+                above = gaps[number + 1][0] - reach
+                streams[place] = stream_at(module.student, above, *self._inputs(look), start=end, hidden=streams[place])
+        first, end = gaps[-1]
         sums = torch.zeros(2, dtype=torch.float64, device=module.device)
-        for look, hidden, dense in zip(self.measured, streams, self.final, strict=False):
-            final = module.student.run(*self._inputs(look), start=gaps[-1][1], hidden=hidden)
+        for place, look in enumerate(self.measured):
+            hidden = streams[place]
+            if self.solved:
+                alike = spared[place] & (self.massive[place][first] == self.massive[place][end])
+                hidden = torch.where(alike[..., None], self._dense(look, end), hidden)
+            final = module.student.run(*self._inputs(look), start=end, hidden=hidden)
             batch = {name: module.part(look)[name][:, ::EVERY] for name in ("input_ids", "mask")}
-            both = final[:, ::EVERY], module.student, dense[:, ::EVERY]
+            both = final[:, ::EVERY], module.student, self.final[place][:, ::EVERY]
             _, divergences = losses_and_divergences(module.student, *both, **batch)
             sums += torch.stack([divergences.sum(dtype=torch.float64), batch["mask"].sum().double()])
         nats, tokens = module.sum(sums).tolist()
         return rounded(nats / max(tokens, 1.0)) if math.isfinite(nats) else math.inf
 
-    def _change(self, streams: Sequence[Tensor], end: int) -> Tensor | None:
-        at = {id(look): hidden for look, hidden in zip(self.looks, streams, strict=True)}
-        parts = ((self.module.part(look), at[id(look)], self._dense(look, end)) for look in self.solved)
-        # the search begins where it always begins: what was measured before must not matter
-        fit = bridges.equations(self.module, parts).solve(0.1)
-        return None if fit is None else fit.change.to(self.module.device)
+    def _across(self, streams: Sequence[Tensor], first: int, end: int, last: bool) -> list[Tensor]:
+        """The streams after a gap, from those before the layer below it, of all windows or, for the last gap, of those
+        that are measured."""
+        module, student = self.module, self.module.student
+        path, geometry = student.family.mlp_output, student.geometry
+        equations = NormalEquations(geometry.ffn, geometry.hidden, FOLDS, False, module.device)
+        found = []
+        for look, hidden in zip(self.looks, streams, strict=True):
+            out, x = layer_run(student, first - 1, path, *self._inputs(look), hidden)
+            if look in self.solved:
+                batch, target = module.part(look), self._dense(look, end).float()
+                weights = token_weights(target, batch["mask"], "inverse")
+                equations.add_windows(batch, x, target - out.float(), weights)
+            # an x is wide, and wanted no more once it is added up
+            found.append((out, x if look in self.measured or not last else None))
+        fit = equations.summed(module.sum).solve(STRENGTHS[0], STRENGTHS)
+        change = None if fit is None else fit.change.to(module.device)
+        return [
+            out if change is None else (out.float() + x.float() @ change.T).to(out.dtype)
+            for out, x in found
+            if x is not None
+        ]
 
 
 def shortest_paths(depth: int, remove: int, most: int, cost: Callable[[Gap], float]) -> dict[int, list[Gap]]:
@@ -167,23 +193,25 @@ def shortest_paths(depth: int, remove: int, most: int, cost: Callable[[Gap], flo
 
 
 class ShortestPath(Drop):
-    """Dropping the set of layers that costs least with every gap bridged, one gap a step, the cheapest first.
+    """Dropping the set of layers that costs least with every gap repaired, one gap a step, the cheapest first.
 
     Args:
         windows: Calibration windows that divergences are measured on.
-        bridge: Windows after those that the maps in the gaps are solved on; where there are none, on those that are
-            measured. 0: nothing stands in a gap, for runs without --refit.
+        bridge: Windows after those on which it is solved for what the layers below gaps can give; where there are none,
+            those that are measured. 0: nothing stands in for a gap. Without it, 16, or 0 in a run without --refit.
         gaps: Most gaps that the layers may be dropped in.
+        slack: By how much more divergence fewer gaps may cost, as a share of the least.
     """
 
     needs = frozenset({"streams"})
     span = 1
     progressive = False
 
-    def __init__(self, windows: int = 4, bridge: int = 16, gaps: int = 5, **options: Any):
+    def __init__(self, windows: int = 4, bridge: int | None = None, gaps: int = 5, slack: float = 0.05, **options: Any):
         super().__init__(**options)
-        check(windows=(windows, 1), bridge=(bridge, 0), gaps=(gaps, 1))
-        self.windows, self.bridge, self.gaps = windows, bridge, gaps
+        bridge = BRIDGE if bridge is None else bridge
+        check(windows=(windows, 1), bridge=(bridge, 0), gaps=(gaps, 1), slack=(slack, 0))
+        self.windows, self.bridge, self.gaps, self.slack = windows, bridge, gaps, slack
         self.pass_windows = windows + bridge
 
     def needs_for(self, record: Record) -> frozenset[str]:
@@ -194,7 +222,7 @@ class ShortestPath(Drop):
     ) -> Decision:
         if record.steps:
             plan = record.steps[0].scores["gap_divergence"]
-            alone = record.steps[0].scores["bridged_divergence"]
+            alone = record.steps[0].scores["repaired_divergence"]
             more = {}
         else:
             plan, alone, together = self.plan(module, remove)
@@ -210,17 +238,22 @@ class ShortestPath(Drop):
         first = alive.index(cheapest)
         layers = range(first, first + min(last - cheapest + 1, remove))
         decision = self.drop(module, layers, "gap_divergence", [plan[layer] for layer in alive])
-        decision.step.scores |= {"bridged_divergence": [alone[layer] for layer in alive]} | more
+        decision.step.scores |= {"repaired_divergence": [alone[layer] for layer in alive]} | more
         return decision
 
     def plan(
         self, module: PruningModule, remove: int
     ) -> tuple[list[float | None], list[float | None], list[float | None]]:
         """(cost of the gap that each dense layer is dropped in, None for those that stay; cost of each alone, None for
-        layer 0; divergence of the best set of each number of gaps, all of them bridged)."""
+        layer 0; divergence of the best set of each number of gaps, all of them repaired)."""
         depth = len(module.student)
         if remove > depth - 1:
             raise NoSite(f"shortest_path keeps layer 0, and {remove} of {depth} layers are to go")
+        if self.bridge and not module.student.family.linear_outputs:
+            raise ValueError(
+                f"bridge {self.bridge} is not possible for {module.student.family.name}: a norm stands between its "
+                "output projections and the stream; give --method.bridge 0"
+            )
         model = BridgedModel(module, self.windows, self.bridge)
         costs = {(layer, layer + 1): model.divergence([(layer, layer + 1)]) for layer in range(1, depth)}
 
@@ -239,11 +272,12 @@ class ShortestPath(Drop):
                 break
             costs |= {gap: model.divergence([gap]) for gap in unknown}
         together = {count: model.divergence(path) for count, path in paths.items()}
-        best = min(together, key=lambda count: (together[count], count))
-        if together[best] == math.inf:
+        least = min(together.values())
+        if least == math.inf:
             raise NotFinite(
                 "the divergence without the layers that cost least is not finite; the model overflows in this dtype"
             )
+        best = min(count for count, divergence in together.items() if divergence <= (1 + self.slack) * least)
         plan: list[float | None] = [None] * depth
         for gap in paths[best]:
             plan[gap[0] : gap[1]] = [costs[gap]] * (gap[1] - gap[0])

@@ -11,7 +11,12 @@ runs candidates side by side and gives one up as soon as it is clearly above the
 (`come_pl/pruning/race.py`); the losses in the scores are then the winner's, and that plus the mean difference to it.
 
 `bridge` judges a candidate as a repair in closed form would leave it: in the layer's place stands the linear map that
-leads the student's stream best to the teacher's after what is dropped, solved on windows of its own (`bridge.py`).
+leads the student's stream best to the teacher's after what is dropped, solved on windows of its own:
+
+    Δ_l = argmin_Δ Σ_t w_t ‖T_t − h_t − Δ h_t‖² + λ s ‖Δ‖²;      loss of the student with h ← h + Δ_l h for layer l
+
+The map is only for judging; nothing of it stays in the model. Not from a paper (the map is that of a dropped block in
+ReplaceMe, arXiv 2505.02819, of the whole stream).
 
 Differs from the released code in: the loss is a mean over predicted tokens, padding left out; candidates do not run the
 layers below them; drops may be compensated (candidates are judged without that).
@@ -24,16 +29,26 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from come_pl.pruning.methods import bridge as bridges
 from come_pl.pruning.methods.base import Decision, NoSite
-from come_pl.pruning.methods.bridge import Bridge
 from come_pl.pruning.methods.common import check
 from come_pl.pruning.methods.drops import Drop, rounded
 from come_pl.pruning.module import NotFinite, PruningModule
+from come_pl.pruning.refit import token_weights
 from come_pl.pruning.regression import NormalEquations
 from come_pl.record import Record
+
+
+class Bridge(nn.Module):
+    """Stands for a layer: h ← h + Δ h."""
+
+    def __init__(self, change: Tensor):
+        super().__init__()
+        self.change = change
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states + hidden_states @ self.change.T.to(hidden_states.dtype)
 
 
 class SLEB(Drop):
@@ -94,18 +109,19 @@ class SLEB(Drop):
     @torch.inference_mode()
     def equations(self, module: PruningModule, record: Record, layer: int) -> NormalEquations:
         """Sums, over all processes, of the regression of what the stream before a student layer lacks on itself."""
-        end, seen = record.groups[layer][-1] + 1, module.first_batches(self.windows)
+        end, width = record.groups[layer][-1] + 1, module.student.geometry.hidden
+        found, seen = NormalEquations(width, width, 4, False, module.device), module.first_batches(self.windows)
         numbers = module.first_batches(self.pass_windows)[len(seen) :]
         if not numbers:
             raise NoSite(
                 f"bridge {self.bridge}: no batch of calibration windows is left after those of --windows "
                 f"{self.windows}; give more --data.tokens, or a smaller --data.batch_size"
             )
-        parts = (
-            (module.batches[n], module.stream(n, layer), module.teacher_stream(n, end).float() * record.scale_at(end))
-            for n in numbers
-        )
-        return bridges.equations(module, parts)
+        for number in numbers:
+            batch, hidden = module.batches[number], module.stream(number, layer).float()
+            target = module.teacher_stream(number, end).float() * record.scale_at(end)
+            found.add_windows(batch, hidden, target - hidden, token_weights(target, batch["mask"], "inverse"))
+        return found.summed(module.sum)
 
     def order(self, record: Record) -> list[int]:
         """The student layers that may go, in the order of trying, which no choice depends on."""
