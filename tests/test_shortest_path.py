@@ -20,7 +20,6 @@ from come_pl.pruning.methods.base import NoSite
 from come_pl.pruning.methods.shortest_path import EVERY, BridgedModel, ShortestPath, shortest_paths
 from come_pl.pruning.module import NotFinite, PruningModule
 from come_pl.pruning.refit import Refit
-from come_pl.pruning.regression import NormalEquations
 from come_pl.record import Record
 from come_pl.taps import layer_run, stream_at
 
@@ -64,9 +63,7 @@ def solved(x: torch.Tensor, r: torch.Tensor, t: torch.Tensor, strength: float) -
 @pytest.mark.parametrize("family", ["llama", "qwen2-mixed", "opt"])
 @pytest.mark.parametrize("gaps", [[(2, 4)], [(1, 2), (4, 6)], [(1, 3), (4, 5)]])
 @pytest.mark.parametrize("large", [False, True])
-def test_a_divergence_is_that_of_whole_runs(
-    family: str, gaps: list[tuple[int, int]], large: bool, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_divergence_is_that_of_whole_runs(family: str, gaps: list[tuple[int, int]], large: bool):
     """One window measured, the other three solved on; each window alone, without padding. A token that is massive
     wherever it stands gets the dense stream after a gap."""
     dense = tiny_model(family, layers=LAYERS, seed=5)
@@ -74,21 +71,10 @@ def test_a_divergence_is_that_of_whole_runs(
     if large:
         with torch.no_grad():
             dense.get_input_embeddings().weight[word] *= 60
-    monkeypatch.setattr("come_pl.pruning.methods.shortest_path.STRENGTHS", (1.0, 30.0, 1000.0))  # few tokens
-    monkeypatch.setattr("come_pl.pruning.methods.shortest_path.FOLDS", 7)  # in which few windows are not all alike
     module = measured(dense, ShortestPath(windows=1, bridge=3))
-    fits: list[Any] = []
-    solve = NormalEquations.solve
-
-    def noted(self: Any, *arguments: Any) -> Any:
-        fits.append(solve(self, *arguments))
-        return fits[-1]
-
-    monkeypatch.setattr(NormalEquations, "solve", noted)
     model = BridgedModel(module, 1, 3)
     found = model.divergence(gaps)
-    assert len(fits) == len(gaps) and any(fit is not None for fit in fits)
-    assert model.divergence(gaps) == found and len(fits) == len(gaps), "asked again it is known"
+    assert model.divergence(gaps) == found
 
     decoder, whole = Decoder(dense), streams(dense)
     rows = [row[real][None] for row, real in zip(IDS, MASK)]
@@ -96,7 +82,7 @@ def test_a_divergence_is_that_of_whole_runs(
     assert any(bool(b.any()) for b in big) == large
     spared = [b.any(0) for b in big]
     here, start = [states[0] for states in whole], 0
-    for (first, end), fit in zip(gaps, fits):
+    for first, end in gaps:
         x, out = [], []
         for window in range(4):
             stream, rest = here[window].float()[None], {"start": start}
@@ -105,10 +91,8 @@ def test_a_divergence_is_that_of_whole_runs(
                 after, feature = layer_run(decoder, first - 1, decoder.family.mlp_output, rows[window], None, stream)
             x.append(feature[0].double())
             out.append(after[0].double())
-        change = torch.zeros(out[0].shape[1], x[0].shape[1], dtype=torch.float64)
-        if fit is not None:
-            t = torch.cat([states[end] for states in whole[1:]])
-            change = solved(torch.cat(x[1:]), t - torch.cat(out[1:]), t, fit.strength)
+        t = torch.cat([states[end] for states in whole[1:]])
+        change = solved(torch.cat(x[1:]), t - torch.cat(out[1:]), t, 0.3)
         for window in range(4):
             spared[window] = spared[window] & (big[window][first] == big[window][end])
             mapped = (out[window] + x[window] @ change.T).float().double()

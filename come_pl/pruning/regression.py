@@ -118,6 +118,11 @@ class NormalEquations:
         change = torch.cholesky_solve(b.T, factor).T
         return change if bool(change.isfinite().all()) else None
 
+    def at(self, strength: float) -> Tensor | None:
+        """Δ (outputs, features), fp32, of one λ, unseen windows or not; None where the equations cannot be solved."""
+        change = self._change(self.a.sum(0), self.b.sum(0), strength)
+        return None if change is None else rounded_change(change)[:, : change.shape[1] - self.bias].float()
+
     def _unseen_error(self, strength: float, folds: Sequence[int], a: Tensor, b: Tensor) -> float:
         """Σ over folds of the error there of the fit to the others. In fp32, which is enough to compare strengths and
         is faster."""

@@ -48,8 +48,7 @@ Gap = tuple[int, int]  # the first layer that is dropped, and the first above it
 EVERY = 4  # positions of a window whose logits are looked at: the head is dear, and neighbours say much the same
 MASSIVE = 100.0  # mean square of a token's stream, in units of the window's median, from which it is massive
 BRIDGE = 16  # windows that Δ is solved on
-STRENGTHS = (0.1, 1.0)  # λ: the better one on unseen windows; a choice of layers needs no finer one
-FOLDS = 4
+STRENGTH = 0.3  # λ: what the search of a repair finds for some thousand tokens; to choose layers that will do
 OPTIMISM = 0.75  # what a gap is taken to cost before it is measured, in units of its layers one by one
 
 
@@ -142,7 +141,7 @@ class BridgedModel:
         that are measured."""
         module, student = self.module, self.module.student
         path, geometry = student.family.mlp_output, student.geometry
-        equations = NormalEquations(geometry.ffn, geometry.hidden, FOLDS, False, module.device)
+        equations = NormalEquations(geometry.ffn, geometry.hidden, 2, False, module.device)
         found = []
         for look, hidden in zip(self.looks, streams, strict=True):
             out, x = layer_run(student, first - 1, path, *self._inputs(look), hidden)
@@ -152,8 +151,7 @@ class BridgedModel:
                 equations.add_windows(batch, x, target - out.float(), weights)
             # an x is wide, and wanted no more once it is added up
             found.append((out, x if look in self.measured or not last else None))
-        fit = equations.summed(module.sum).solve(STRENGTHS[0], STRENGTHS)
-        change = None if fit is None else fit.change.to(module.device)
+        change = equations.summed(module.sum).at(STRENGTH)
         return [
             out if change is None else (out.float() + x.float() @ change.T).to(out.dtype)
             for out, x in found
