@@ -276,8 +276,8 @@ def test_folder_of_another_run(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tiny: Path, text: Path, done: Path, tmp_path: Path
 ) -> None:
     before = weights(done)
-    line = refuse(capsys, monkeypatch, *basic(tiny, text, done), "--method.compensate", "none")
-    assert "holds another run (method.compensate is 'magnitude' there, 'none' here)" in line
+    line = refuse(capsys, monkeypatch, *basic(tiny, text, done), "--method.compensate", "magnitude")
+    assert "holds another run (method.compensate is 'none' there, 'magnitude' here)" in line
     assert weights(done) == before
     (tmp_path / "mine.txt").write_text("not to be touched")
     assert "not empty" in refuse(capsys, monkeypatch, *basic(tiny, text, tmp_path))

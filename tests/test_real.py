@@ -20,6 +20,7 @@ pytestmark = [
 
 def test_demo_model_on_embedded_text(tmp_path: Path) -> None:
     small = ("--data.tokens", 2048, "--evaluation.tokens", 2048, "--target_layers", 28)
+    small += ("--method.windows", 1, "--method.bridge", 3)
     result = run("prune.py", *small, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "runs" / "prune" / "latest"

@@ -191,7 +191,7 @@ def shortest_paths(depth: int, remove: int, most: int, cost: Callable[[Gap], flo
 
 
 class ShortestPath(Drop):
-    """Dropping the set of layers that costs least with every gap repaired, one gap a step, the cheapest first.
+    """Dropping the set of layers that costs least with every gap repaired; the cheapest gap goes first, layer by layer.
 
     Args:
         windows: Calibration windows that divergences are measured on.
@@ -230,12 +230,7 @@ class ShortestPath(Drop):
             del alive[step.layers[0] : step.layers[-1] + 1]
         left = [layer for layer in alive if plan[layer] is not None]
         cheapest = min(left, key=lambda layer: (plan[layer], layer))
-        last = cheapest
-        while last + 1 in left:
-            last += 1
-        first = alive.index(cheapest)
-        layers = range(first, first + min(last - cheapest + 1, remove))
-        decision = self.drop(module, layers, "gap_divergence", [plan[layer] for layer in alive])
+        decision = self.drop(module, [alive.index(cheapest)], "gap_divergence", [plan[layer] for layer in alive])
         decision.step.scores |= {"repaired_divergence": [alone[layer] for layer in alive]} | more
         return decision
 
