@@ -63,7 +63,7 @@ class BridgedModel:
 
     @torch.inference_mode()
     def __init__(self, module: PruningModule, windows: int, bridge: int):
-        self.module, self.depth = module, len(module.student)
+        self.module, self.depth, self.repaired = module, len(module.student), bridge > 0
         share = module.monitored(windows)
         self.measured: list[Look] = list(share.items())
         self.solved: list[Look] = []
@@ -107,16 +107,16 @@ class BridgedModel:
         return self._known[key]
 
     def _divergence(self, gaps: tuple[Gap, ...]) -> float:
-        module, looks, reach = self.module, self.looks, int(bool(self.solved))  # layers below a gap that stand in
+        module, looks, reach = self.module, self.looks, int(self.repaired)  # layers below a gap that stand in
         streams = [self._dense(look, gaps[0][0] - reach) for look in looks]
         spared = [massive.any(0) for massive in self.massive]
         for number, (first, end) in enumerate(gaps):
             last = number + 1 == len(gaps)
-            streams = self._across(streams, first, end, last) if self.solved else streams
+            streams = self._across(streams, first, end, last) if self.repaired else streams
             if last:
                 break
             for place, look in enumerate(looks):
-                if self.solved:
+                if self.repaired:
                     spared[place] &= self.massive[place][first] == self.massive[place][end]
                     streams[place] = torch.where(spared[place][..., None], self._dense(look, end), streams[place])
                 above = gaps[number + 1][0] - reach
@@ -125,7 +125,7 @@ class BridgedModel:
         sums = torch.zeros(2, dtype=torch.float64, device=module.device)
         for place, look in enumerate(self.measured):
             hidden = streams[place]
-            if self.solved:
+            if self.repaired:
                 alike = spared[place] & (self.massive[place][first] == self.massive[place][end])
                 hidden = torch.where(alike[..., None], self._dense(look, end), hidden)
             final = module.student.run(*self._inputs(look), start=end, hidden=hidden)
