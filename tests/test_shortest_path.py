@@ -22,6 +22,7 @@ from come_pl.pruning.module import NotFinite, PruningModule
 from come_pl.pruning.refit import Refit
 from come_pl.record import Record
 from come_pl.taps import layer_run, stream_at
+from come_pl.workflows.prune import _selecting
 
 FAMILIES = ("llama", "qwen2-mixed", "gemma2")
 LAYERS = 6
@@ -238,3 +239,9 @@ def test_costs_are_measured_where_paths_come_by(monkeypatch: pytest.MonkeyPatch)
     assert cost(gap) == pytest.approx(best[1]) and best[1] > min(together), "one gap, where more may cost"
     single = {gap for path in asked if len(path) == 1 for gap in path}
     assert len(single) < sum(depth - length for length in range(1, remove + 1)), "not all of them"
+
+
+def test_what_stands_in_goes_by_the_repair():
+    for refit, expected in ((Refit("all"), 16), (Refit("none"), 0)):
+        assert _selecting({"bridge": None}, refit) == {"bridge": expected}
+        assert _selecting({"bridge": 3}, refit) == {"bridge": 3}
