@@ -46,13 +46,9 @@ SCORES = {  # key -> (panel title, colour bar label)
 BY_SITE = (  # at a site's first layer
     *("span_distance", "angular_distance", "window_distance", "final_similarity", "refitted_error"),
 )
-NOT_OF_LAYERS = (
-    "ratio_loss",
-    "ratio_losses",
-    "training_loss",
-    "refit_error",
-    "path_divergence",
-)  # scores whose lists do not go by layer
+NOT_OF_LAYERS = (  # scores whose lists do not go by layer
+    *("ratio_loss", "ratio_losses", "training_loss", "refit_error", "path_divergence"),
+)
 
 
 def load_record(run_dir: Path) -> tuple[list[Step], dict[str, Any], int]:

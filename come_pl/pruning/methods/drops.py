@@ -68,11 +68,23 @@ class Drop(Method):
         return Decision(step)
 
 
-class OneShot(Drop):
+class Planned(Drop):
+    """Measures the dense model once; what its later steps do is in the record's first. Later, nothing is measured,
+    unless drops are compensated."""
+
+    def needs_for(self, record: Record) -> frozenset[str]:
+        return self.always if record.steps else super().needs_for(record)
+
+    @staticmethod
+    def left(record: Record) -> list[int]:
+        """The dense layer that each layer of the student is."""
+        return [layer for layer in record.sources if layer is not None]
+
+
+class OneShot(Planned):
     """Every dense layer is scored once, on the dense model; layers go by ascending score, the lower of equals first.
 
-    Scores are those in the record's first step, so that a run that was cut off goes on in the same order. After that
-    step nothing is measured, unless drops are compensated.
+    Scores are those in the record's first step, so that a run that was cut off goes on in the same order.
     """
 
     score_name: ClassVar[str]
@@ -85,9 +97,6 @@ class OneShot(Drop):
         """Dense layers of a model of `depth` layers that go only when no other layer is left."""
         return ()
 
-    def needs_for(self, record: Record) -> frozenset[str]:
-        return self.always if record.steps else super().needs_for(record)
-
     def __call__(
         self, module: PruningModule, statistics: dict[str, Tensor], record: Record, *, remove: int
     ) -> Decision:
@@ -98,9 +107,6 @@ class OneShot(Drop):
             lost = [i for i, s in enumerate(scores) if not math.isfinite(s)]
             if lost:
                 raise NotFinite(f"{self.score_name} of layers {lost} is not finite; the model overflows in this dtype")
-        back = self.held_back(record.teacher_layers)
-        alive = list(range(record.teacher_layers))
-        for step in record.steps:
-            del alive[step.layers[0] : step.layers[-1] + 1]
+        back, alive = self.held_back(record.teacher_layers), self.left(record)
         chosen = min(range(len(alive)), key=lambda i: (alive[i] in back, scores[alive[i]], i))
         return self.drop(module, [chosen], self.score_name, [scores[i] for i in alive])

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from come_pl.pruning.methods.base import Decision, NoSite
 from come_pl.pruning.methods.common import check
-from come_pl.pruning.methods.drops import Drop, rounded
+from come_pl.pruning.methods.drops import Planned, rounded
 from come_pl.pruning.module import NotFinite, PruningModule
 from come_pl.pruning.race import Look
 from come_pl.pruning.refit import token_weights
@@ -114,21 +114,17 @@ class BridgedModel:
             last = number + 1 == len(gaps)
             streams = self._across(streams, first, end, last) if self.repaired else streams
             if last:
-                break
+                looks = self.measured
             for place, look in enumerate(looks):
                 if self.repaired:
                     spared[place] &= self.massive[place][first] == self.massive[place][end]
                     streams[place] = torch.where(spared[place][..., None], self._dense(look, end), streams[place])
-                above = gaps[number + 1][0] - reach
-                streams[place] = stream_at(module.student, above, *self._inputs(look), start=end, hidden=streams[place])
-        first, end = gaps[-1]
+                if not last:
+                    inputs, below_next = self._inputs(look), gaps[number + 1][0] - reach
+                    streams[place] = stream_at(module.student, below_next, *inputs, start=end, hidden=streams[place])
         sums = torch.zeros(2, dtype=torch.float64, device=module.device)
-        for place, look in enumerate(self.measured):
-            hidden = streams[place]
-            if self.repaired:
-                alike = spared[place] & (self.massive[place][first] == self.massive[place][end])
-                hidden = torch.where(alike[..., None], self._dense(look, end), hidden)
-            final = module.student.run(*self._inputs(look), start=end, hidden=hidden)
+        for place, look in enumerate(looks):
+            final = module.student.run(*self._inputs(look), start=gaps[-1][1], hidden=streams[place])
             batch = {name: module.part(look)[name][:, ::EVERY] for name in ("input_ids", "mask")}
             both = final[:, ::EVERY], module.student, self.final[place][:, ::EVERY]
             _, divergences = losses_and_divergences(module.student, *both, **batch)
@@ -190,7 +186,7 @@ def shortest_paths(depth: int, remove: int, most: int, cost: Callable[[Gap], flo
     return {count: gaps for count, (_, gaps) in found.items()}
 
 
-class ShortestPath(Drop):
+class ShortestPath(Planned):
     """Dropping the set of layers that costs least with every gap repaired; the cheapest gap goes first, layer by layer.
 
     Args:
@@ -212,24 +208,17 @@ class ShortestPath(Drop):
         self.windows, self.bridge, self.gaps, self.slack = windows, bridge, gaps, slack
         self.pass_windows = windows + bridge
 
-    def needs_for(self, record: Record) -> frozenset[str]:
-        return self.always if record.steps else super().needs_for(record)
-
     def __call__(
         self, module: PruningModule, statistics: dict[str, Tensor], record: Record, *, remove: int
     ) -> Decision:
+        more = {}
         if record.steps:
-            plan = record.steps[0].scores["gap_divergence"]
-            alone = record.steps[0].scores["repaired_divergence"]
-            more = {}
+            plan, alone = (record.steps[0].scores[name] for name in ("gap_divergence", "repaired_divergence"))
         else:
             plan, alone, together = self.plan(module, remove)
             more = {"path_divergence": together}
-        alive = list(range(record.teacher_layers))
-        for step in record.steps:
-            del alive[step.layers[0] : step.layers[-1] + 1]
-        left = [layer for layer in alive if plan[layer] is not None]
-        cheapest = min(left, key=lambda layer: (plan[layer], layer))
+        alive = self.left(record)
+        cheapest = min((layer for layer in alive if plan[layer] is not None), key=lambda layer: (plan[layer], layer))
         decision = self.drop(module, [alive.index(cheapest)], "gap_divergence", [plan[layer] for layer in alive])
         decision.step.scores |= {"repaired_divergence": [alone[layer] for layer in alive]} | more
         return decision
