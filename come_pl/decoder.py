@@ -11,11 +11,12 @@ decoder layer.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -35,6 +36,7 @@ class Family:
     attention_output: str = "self_attn.o_proj"
     mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     mlp_output: str = "mlp.down_proj"
+    activation: str = "mlp.act_fn"  # between them: act(first input), times the second where there is one
     attention_norm: str | None = "input_layernorm"  # feeds query, key and value; None: they read the stream itself
     mlp_norm: str | None = "post_attention_layernorm"  # feeds the MLP's inputs
     mixed_norms: tuple[str, ...] = ()  # norms that cannot be folded: on heads, on outputs
@@ -64,6 +66,7 @@ FAMILIES: tuple[Family, ...] = (
         attention_output="self_attn.out_proj",
         mlp_inputs=("fc1",),
         mlp_output="fc2",
+        activation="activation_fn",
         attention_norm="self_attn_layer_norm",
         mlp_norm="final_layer_norm",
         needs_bos=True,
@@ -189,7 +192,7 @@ class Decoder:
     def _check(self) -> None:
         family, layer = self.family, self.layers[0]
         paths = [family.query, family.key, family.value, family.attention_output, *family.mlp_inputs]
-        paths += [family.mlp_output, *family.mixed_norms]
+        paths += [family.mlp_output, family.activation, *family.mixed_norms]
         paths += [p for p in (family.attention_norm, family.mlp_norm) if p]
         for path in paths:
             try:
@@ -258,6 +261,15 @@ class Decoder:
         """
         with self.arranged(**arrangement):
             return self.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+    def mlp_channels(self, x: Tensor, inputs: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+        """(…, channels): what an MLP that reads x (…, hidden) with these weights (channels, hidden) and biases gives
+        its output projection."""
+        gate, *others = (F.linear(x, weight, bias) for weight, bias in inputs)
+        found = self.part(self.layers[0], self.family.activation)(gate)
+        for other in others:
+            found = found * other
+        return found
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (…, vocab) of final hidden states (…, hidden), soft-capped where the family does that (Gemma 2)."""

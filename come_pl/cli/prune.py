@@ -39,6 +39,7 @@ ALIASES = {  # the official toolkit's flags, and short names, by what they are h
     "--refit_when": "--refit.when",
     "--sweep": "--refit.sweep",
     "--refit_ahead": "--refit.ahead",
+    "--refit_channels": "--refit.channels",
     "--refit_final": "--refit.final",
     "--select": "--method.select",
     "--ppl_data": "--evaluation.data",

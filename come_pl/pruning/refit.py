@@ -14,6 +14,9 @@ calibration windows that the fit has not seen, and a fit that does no better the
 for; what their norms give is led back towards what the dense layer's norms gave there, by a map M = I + Δ, folded into
 the projections that read it (query, key, value; gate and up): W ← W M, from the same kind of regression.
 
+With `--refit_channels group`, a layer that stands for several dense ones gets the MLP channels of all of them that
+matter most (`channels.py`), where that leaves less error on unseen windows than its own.
+
 `--refit_when step` repairs after each step, so that the next one is chosen on a repaired student; `end` once at the
 target depth, from the lowest changed layer upward, each layer on the stream that the repaired ones below give.
 
@@ -30,14 +33,14 @@ the same idea for any projection of any group, with the student's own input and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from come_pl.decoder import Family
-from come_pl.pruning import final_norm
+from come_pl.pruning import channels, final_norm
 from come_pl.pruning.regression import Fit, NormalEquations
 from come_pl.record import Record, Step
 from come_pl.surgery import FINAL_NORM, set_weights
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
 Parts = Literal["auto", "best", "none", "down", "both", "all"]
 When = Literal["auto", "step", "end"]
 Weighting = Literal["inverse", "uniform"]
+Source = Literal["own", "group"]
 Gap = tuple[float, int, int]  # a share of what lies between two boundaries of the teacher's stream
 
 
@@ -84,6 +88,8 @@ class Refit:
         weighting: What a token counts for: inverse (of the mean square of its target), or uniform.
         folds: Parts that calibration windows are dealt into; the strength of the ridge is chosen on unseen ones.
         ahead: Layers below a gap that begin to give what it gave, in passes at the end; fewer below a short gap.
+        channels: What the MLP of a layer that stands for several dense layers is made of, with `all`: own, its own
+            channels; group, the most important ones of all of them, where that is better on unseen windows.
         final: Once the target depth is reached, fit the gains of the final norm to what the dense model predicts and to
             the text (`come_pl/pruning/final_norm.py`).
     """
@@ -96,8 +102,11 @@ class Refit:
         weighting: Weighting = "inverse",
         folds: int = 4,
         ahead: int = 2,
+        channels: Source = "group",
         final: bool = True,
     ):
+        if channels not in ("own", "group"):
+            raise ValueError(f"channels {channels!r}: expected own or group")
         if ahead < 0:
             raise ValueError(f"ahead {ahead}: the number of layers below a gap is not negative")
         if sweep < 0:
@@ -107,7 +116,7 @@ class Refit:
         if folds < 2:
             raise ValueError(f"folds {folds}: a strength chosen on unseen windows needs at least 2")
         self.parts, self.when, self.sweep, self.weighting, self.folds = parts, when, sweep, weighting, folds
-        self.ahead, self.final = ahead, final
+        self.ahead, self.channels, self.final = ahead, channels, final
         self._guess: dict[str, float] = {}
 
     def resolved(self, method: str, family: Family) -> Refit:
@@ -121,7 +130,7 @@ class Refit:
             check_family(family)
         if when == "auto":
             when = "step" if method == "come" else "end"
-        return Refit(parts, when, self.sweep, self.weighting, self.folds, self.ahead, self.final)
+        return Refit(parts, when, self.sweep, self.weighting, self.folds, self.ahead, self.channels, self.final)
 
     @property
     def on(self) -> bool:
@@ -140,7 +149,7 @@ class Refit:
     @property
     def settings(self) -> dict[str, Any]:
         """For the run's identity and its `run.json`."""
-        names = ("parts", "when", "sweep", "weighting", "folds", "ahead", "final")
+        names = ("parts", "when", "sweep", "weighting", "folds", "ahead", "channels", "final")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -158,10 +167,11 @@ class Refit:
             return
         self._guess.clear()  # a run that was taken up again must find the same
         errors: list[float | None] = [None] * len(module.student)
+        shares = list(errors)
         weights = dict(step.weights or {})
         if self.when != "end":
             index = max(step.layers[0] - (step.kind == "drop"), 0)
-            self._layer(module, record, index, weights, errors)
+            self._layer(module, record, index, weights, errors, shares)
             module.changed_from(min(index, module.start))
         if last:
             gaps = self.gaps_ahead(record)
@@ -169,7 +179,7 @@ class Refit:
             for _ in range(self.sweeps):
                 module.reach(lowest)
                 for layer in range(lowest, len(module.student)):
-                    self._layer(module, record, layer, weights, errors, gaps.get(layer, ()))
+                    self._layer(module, record, layer, weights, errors, shares, gaps.get(layer, ()))
                     module.advance(layer)
                 module.changed_from(lowest)
             if self.final:
@@ -180,6 +190,8 @@ class Refit:
                     set_weights(module.student, {f"{FINAL_NORM}.weight": gains})
         step.weights = weights or None
         step.scores["refit_error"] = errors
+        if any(share is not None for share in shares):
+            step.scores["channels_of_others"] = shares
 
     def gaps_ahead(self, record: Record) -> dict[int, list[Gap]]:
         """For student layers below long gaps: what each begins to give of them."""
@@ -198,6 +210,7 @@ class Refit:
         index: int,
         weights: dict[str, Tensor],
         errors: list[float | None],
+        shares: list[float | None],
         gaps: Sequence[Gap] = (),
     ) -> None:
         family, end = module.student.family, record.groups[index][-1] + 1
@@ -207,19 +220,78 @@ class Refit:
             (family.attention_output, (family.query, family.key, family.value)),
             (family.mlp_output, family.mlp_inputs),
         ):
+            concatenates = path == family.mlp_output and self._concatenates(record, index)
+            if concatenates:  # the channels may be a mixture, from a step or sweep before
+                self._set(module, index, channels.dense(module, index, record.sources[index]), weights)
             if source is not None:
                 self._reads(module, index, source, reads, weights)
             if self.parts == "down" and path != family.mlp_output:
                 continue
-            equations = self.equations(module, index, path, end, gaps=gaps)
-            fit, left = self._solved(path, equations), float(equations.c.sum())
+            fit, left = self._output(module, index, path, end, gaps)
             before = before or left
+            if concatenates:
+                fit, left, shares[index] = self._concatenated(module, record, index, fit, left, weights, gaps)
             if fit is not None:
                 projection = module.student.part(module.student.layers[index], path)
                 self._set(module, index, {path: fit.added_to(projection)}, weights)
                 left, repaired = left * fit.error, True
         if repaired:
             errors[index] = float(f"{left / before:.6g}")
+
+    def _output(
+        self, module: PruningModule, index: int, path: str, end: int, gaps: Sequence[Gap]
+    ) -> tuple[Fit | None, float]:
+        """(the fit of an output projection, the error without it)."""
+        equations = self.equations(module, index, path, end, gaps=gaps)
+        return self._solved(path, equations), float(equations.c.sum())
+
+    def _concatenates(self, record: Record, index: int) -> bool:
+        """Whether a layer is to have channels of other layers: it was one dense layer and stands for several."""
+        whole = record.sources[index] is not None
+        return self.parts == "all" and self.channels == "group" and whole and len(record.groups[index]) > 1
+
+    def _concatenated(
+        self,
+        module: PruningModule,
+        record: Record,
+        index: int,
+        fit: Fit | None,
+        left: float,
+        weights: dict[str, Tensor],
+        gaps: Sequence[Gap],
+    ) -> tuple[Fit | None, float, float | None]:
+        """Give a layer the most important channels of all dense layers that it stands for, unless its own leave less
+        error on unseen windows.
+
+        Args:
+            fit, left: what `_output` gives for its own.
+
+        Returns:
+            What `_output` gives for those that it has then, and the share of these that were not its own (None: all
+            are).
+        """
+        family, group, source = module.student.family, record.groups[index], record.sources[index]
+        assert source is not None
+
+        def led(layer: int, reads: Callable[[int], Tensor]) -> Fit | None:
+            path = family.mlp_inputs[0]
+            return self._solved(f"{path} of others", self.input_equations(module, index, layer, path, reads))
+
+        def counts(number: int) -> Tensor:
+            target = module.teacher_stream(number, group[-1] + 1)
+            return token_weights(target, module.batches[number]["mask"], self.weighting)
+
+        others = [layer for layer in group if layer != source]
+        new, share = channels.concatenated(module, index, [source, *others], led, counts)
+        own, before = channels.parameters(module, index, new), dict(weights)
+        self._set(module, index, new, weights)
+        other_fit, other_left = self._output(module, index, family.mlp_output, group[-1] + 1, gaps)
+        if share and _unseen(other_fit, other_left) < _unseen(fit, left):
+            return other_fit, other_left, share
+        self._set(module, index, own, weights)
+        weights.clear()
+        weights.update(before)
+        return fit, left, None
 
     def _reads(
         self, module: PruningModule, index: int, source: int, paths: Sequence[str], weights: dict[str, Tensor]
@@ -243,14 +315,28 @@ class Refit:
         return fit
 
     @torch.inference_mode()
-    def input_equations(self, module: PruningModule, index: int, source: int, path: str) -> NormalEquations:
+    def input_equations(
+        self,
+        module: PruningModule,
+        index: int,
+        source: int,
+        path: str,
+        reads: Callable[[int], Tensor] | None = None,
+    ) -> NormalEquations:
         """Sums, over all processes, of the regression, on what projection `path` of student layer `index` gets, of what
-        that of teacher layer `source` gets more; each token counts the same, as both come out of a norm."""
+        that of teacher layer `source` gets more; each token counts the same, as both come out of a norm.
+
+        Args:
+            reads: the number of a batch → what the student's projection gets, where that is known.
+        """
         student, teacher = module.student, module.teacher
         equations = NormalEquations(student.geometry.hidden, student.geometry.hidden, self.folds, False, module.device)
         for number, batch in enumerate(module.batches):
             inputs = batch["input_ids"], batch["attention"]
-            x = projection_input(student, index, path, *inputs, module.stream(number, index))
+            if reads is None:
+                x = projection_input(student, index, path, *inputs, module.stream(number, index))
+            else:
+                x = reads(number)
             wanted = projection_input(teacher, source, path, *inputs, module.teacher_stream(number, source))
             equations.add_windows(batch, x, wanted.float() - x.float(), batch["mask"].float())
         return equations.summed(module.sum)
@@ -295,3 +381,8 @@ class Refit:
             residual = target - out.float()
             equations.add_windows(batch, x, residual, weight)
         return equations.summed(module.sum)
+
+
+def _unseen(fit: Fit | None, left: float) -> float:
+    """The error on unseen windows."""
+    return left if fit is None else left * fit.error

@@ -28,6 +28,7 @@ OF_RUNS = {
     "sweep": "--refit.sweep",
     "weighting": "--refit.weighting",
     "ahead": "--refit.ahead",
+    "channels": "--refit.channels",
     "final": "--refit.final",
 }
 DEPTHS = (0.9, 0.8, 0.7)  # of the model's layers, where no depths are given
