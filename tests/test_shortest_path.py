@@ -241,6 +241,18 @@ def test_costs_are_measured_where_paths_come_by(monkeypatch: pytest.MonkeyPatch)
     assert len(single) < sum(depth - length for length in range(1, remove + 1)), "not all of them"
 
 
+def test_a_gap_that_costs_less_than_its_layers_is_found(monkeypatch: pytest.MonkeyPatch):
+    """Before it is measured a gap is taken to be cheap; else one that is would never be looked at."""
+
+    def divergence(self: Any, gaps: Any) -> float:
+        return sum(1.6 if gap == (6, 8) else end - first for gap in gaps for first, end in [gap])
+
+    monkeypatch.setattr(BridgedModel, "divergence", divergence)
+    module = measured(tiny_model(layers=12), ShortestPath())
+    plan, _, together = ShortestPath(gaps=1).plan(module, 2)
+    assert [layer for layer, cost in enumerate(plan) if cost is not None] == [6, 7] and together == [1.6]
+
+
 def test_what_stands_in_goes_by_the_repair():
     for refit, expected in ((Refit("all"), 16), (Refit("none"), 0)):
         assert _selecting({"bridge": None}, refit) == {"bridge": expected}

@@ -175,8 +175,6 @@ def shortest_paths(depth: int, remove: int, most: int, cost: Callable[[Gap], flo
                 for gap in edges:
                     new = (total + cost(gap), [*gaps, gap]) if gap[1] > boundary else (total, gaps)
                     state = (gap[1] + 1, dropped + gap[1] - boundary, len(new[1]))
-                    if gap[1] == depth:  # the end, with no layer to keep above
-                        state = (depth + 1, *state[1:])
                     if state not in best or new < best[state]:
                         best[state] = new
     for count in range(1, most + 1):
