@@ -211,7 +211,7 @@ def test_what_a_layer_reads_is_led_back_by_least_squares(family: str) -> None:
     student, teacher = module.student, module.teacher
     shape = student.family
     module.reach(0)
-    refit._layer(module, record, 0, {}, [None] * 4, [None] * 4)  # a layer above a repaired one
+    refit._layer(module, record, 0, {}, [None] * 4, {})  # a layer above a repaired one
     module.advance(0)
     assert record.sources == [0, 2, 3, 4]
     seen: dict[str, list[torch.Tensor]] = {"student": [], "teacher": []}

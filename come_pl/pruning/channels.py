@@ -58,12 +58,12 @@ def concatenated(
     layers: Sequence[int],
     fit: Callable[[int, Callable[[int], Tensor]], Fit | None],
     weights: Callable[[int], Tensor],
-) -> tuple[Parameters, float]:
+) -> tuple[Parameters, dict[int, float]]:
     """The parameters of the MLP of student layer `index` with the most important channels of some dense layers, and the
-    share of them that is not of the first of these.
+    share that is kept of the channels of each of these.
 
     Args:
-        layers: dense layers, the one that the student layer was first.
+        layers: dense layers in ascending order.
         fit: (dense layer, what the student's MLP reads (batch, seq, hidden) of a batch) → Δ, or None for 0.
         weights: (batch, seq) of a batch, what each token counts for; 0 at padding.
     """
@@ -83,10 +83,8 @@ def concatenated(
     importance = torch.stack([_importance(module, channels, reads, weights) for channels in found])
     width = importance.shape[1]
     chosen = importance.flatten().topk(width).indices.sort().values
-    share = float((chosen >= width).sum()) / width
-    order = sorted(range(len(layers)), key=lambda place: layers[place])
-    rows = [chosen[chosen // width == place] - place * width for place in order]
-    kept = [(found[place], row) for place, row in zip(order, rows, strict=True)]
+    rows = [chosen[chosen // width == place] - place * width for place in range(len(layers))]
+    kept = list(zip(found, rows, strict=True))
     new: Parameters = {}
     for number, name in enumerate(student.family.mlp_inputs):
         parts = [(channels.inputs[number], row) for channels, row in kept]
@@ -95,7 +93,7 @@ def concatenated(
         if biases:
             new[name]["bias"] = torch.cat(biases)
     new[student.family.mlp_output] = {"weight": torch.cat([channels.outputs[:, row] for channels, row in kept], 1)}
-    return new, share
+    return new, {layer: len(row) / width for layer, row in zip(layers, rows, strict=True)}
 
 
 def dense(module: PruningModule, index: int, source: int | None) -> Parameters:

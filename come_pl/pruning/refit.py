@@ -167,7 +167,7 @@ class Refit:
             return
         self._guess.clear()  # a run that was taken up again must find the same
         errors: list[float | None] = [None] * len(module.student)
-        shares = list(errors)
+        shares: dict[int, float] = {}
         weights = dict(step.weights or {})
         if self.when != "end":
             index = max(step.layers[0] - (step.kind == "drop"), 0)
@@ -190,8 +190,8 @@ class Refit:
                     set_weights(module.student, {f"{FINAL_NORM}.weight": gains})
         step.weights = weights or None
         step.scores["refit_error"] = errors
-        if any(share is not None for share in shares):
-            step.scores["channels_of_others"] = shares
+        if shares:
+            step.scores["channels_kept"] = [shares.get(layer) for layer in range(record.teacher_layers)]
 
     def gaps_ahead(self, record: Record) -> dict[int, list[Gap]]:
         """For student layers below long gaps: what each begins to give of them."""
@@ -210,7 +210,7 @@ class Refit:
         index: int,
         weights: dict[str, Tensor],
         errors: list[float | None],
-        shares: list[float | None],
+        shares: dict[int, float],
         gaps: Sequence[Gap] = (),
     ) -> None:
         family, end = module.student.family, record.groups[index][-1] + 1
@@ -230,7 +230,10 @@ class Refit:
             fit, left = self._output(module, index, path, end, gaps)
             before = before or left
             if concatenates:
-                fit, left, shares[index] = self._concatenated(module, record, index, fit, left, weights, gaps)
+                fit, left, kept = self._concatenated(module, record, index, fit, left, weights, gaps)
+                for layer in record.groups[index]:  # an earlier sweep may have found otherwise
+                    shares.pop(layer, None)
+                shares.update(kept)
             if fit is not None:
                 projection = module.student.part(module.student.layers[index], path)
                 self._set(module, index, {path: fit.added_to(projection)}, weights)
@@ -259,7 +262,7 @@ class Refit:
         left: float,
         weights: dict[str, Tensor],
         gaps: Sequence[Gap],
-    ) -> tuple[Fit | None, float, float | None]:
+    ) -> tuple[Fit | None, float, dict[int, float]]:
         """Give a layer the most important channels of all dense layers that it stands for, unless its own leave less
         error on unseen windows.
 
@@ -267,8 +270,8 @@ class Refit:
             fit, left: what `_output` gives for its own.
 
         Returns:
-            What `_output` gives for those that it has then, and the share of these that were not its own (None: all
-            are).
+            What `_output` gives for those that it has then, and the share that is kept of the channels of each dense
+            layer (nothing: they are its own).
         """
         family, group, source = module.student.family, record.groups[index], record.sources[index]
         assert source is not None
@@ -281,17 +284,16 @@ class Refit:
             target = module.teacher_stream(number, group[-1] + 1)
             return token_weights(target, module.batches[number]["mask"], self.weighting)
 
-        others = [layer for layer in group if layer != source]
-        new, share = channels.concatenated(module, index, [source, *others], led, counts)
+        new, shares = channels.concatenated(module, index, group, led, counts)
         own, before = channels.parameters(module, index, new), dict(weights)
         self._set(module, index, new, weights)
         other_fit, other_left = self._output(module, index, family.mlp_output, group[-1] + 1, gaps)
-        if share and _unseen(other_fit, other_left) < _unseen(fit, left):
-            return other_fit, other_left, share
+        if shares[source] < 1 and _unseen(other_fit, other_left) < _unseen(fit, left):
+            return other_fit, other_left, shares
         self._set(module, index, own, weights)
         weights.clear()
         weights.update(before)
-        return fit, left, None
+        return fit, left, {}
 
     def _reads(
         self, module: PruningModule, index: int, source: int, paths: Sequence[str], weights: dict[str, Tensor]

@@ -47,7 +47,7 @@ BY_SITE = (  # at a site's first layer
     *("span_distance", "angular_distance", "window_distance", "final_similarity", "refitted_error"),
 )
 NOT_OF_LAYERS = (  # scores whose lists do not go by layer
-    *("ratio_loss", "ratio_losses", "training_loss", "refit_error", "path_divergence"),
+    *("ratio_loss", "ratio_losses", "training_loss", "refit_error", "channels_kept", "path_divergence"),
 )
 
 

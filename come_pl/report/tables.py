@@ -36,15 +36,25 @@ def _percent(share: float | None) -> str:
 def merges(story: Story) -> list[Table]:
     """Of each new layer that is not a dense one: what it is made of."""
     rows = []
+    kept: dict[int, float] = {}  # what a repair concatenated: dense layer → share of its MLP channels
+    for step in story.steps:
+        shares = (step.get("scores") or {}).get("channels_kept") or []
+        kept |= {layer: share for layer, share in enumerate(shares) if share is not None}
     for index, layer in enumerate(story.shares):
         real = {t: s for t, s in layer.items() if s > 0}
         gone = [str(t) for t, s in layer.items() if s == 0]
         if len(real) > 1 or gone:
-            made = ", ".join(f"{t} ({s:.0%})" for t, s in real.items())
-            rows.append([str(index), made, ", ".join(gone) or "–"])
+            made, channels = (
+                ", ".join(f"{t} ({s:.0%})" for t, s in shares.items())
+                for shares in (real, {t: kept[t] for t in layer if t in kept})
+            )
+            rows.append([str(index), made, ", ".join(gone) or "–", *([channels or "–"] if kept else [])])
     note = "In brackets: the share of attention heads and feed-forward channels that each dense layer gave."
     columns = ["new layer", "made of dense layers", "stands in for dropped"]
-    return _tables(Table("Layers that stand for several", columns, rows, note, heads=2, folded=True))
+    if kept:
+        note += " A repair chose the feed-forward channels anew, from all layers that a layer stands for."
+        columns.append("its feed-forward channels come from")
+    return _tables(Table("Layers that stand for several", columns, rows, note, heads=len(columns), folded=True))
 
 
 def steps(story: Story) -> list[Table]:
