@@ -251,6 +251,13 @@ def set_weights(decoder: Decoder, weights: Mapping[str, Tensor]) -> None:
         setattr(module, attribute, new)
 
 
+def put_back(layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Give a layer the very parameters that it had before `set_weights`, by their paths."""
+    for name, parameter in parameters.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(layer.get_submodule(owner), attribute, parameter)
+
+
 @torch.no_grad()
 def scale_stream(decoder: Decoder, below: int, factor: float) -> None:
     """Multiply the residual stream before layer `below` by `factor`, in the weights that write to it.

@@ -441,7 +441,8 @@ def test_the_target_of_a_layer_ahead_of_a_gap(scale: float | None) -> None:
     assert float(plain.c.sum()) != pytest.approx(total, rel=1e-2)
 
 
-def test_passes_at_the_end_start_below_the_gap() -> None:
+def test_passes_at_the_end_start_below_the_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("come_pl.pruning.refit.ENOUGH", 1.0)  # random layers give little of what others do
     model, module = tiny_model(layers=8), PruningModule(monitor=1)
     record, refit = Record(8), Refit("down", when="end", ahead=2, final=False)
     module.attach(model, record, needs=refit.needs)
@@ -456,3 +457,37 @@ def test_passes_at_the_end_start_below_the_gap() -> None:
     assert {int(name.partition(".")[0]) for name in step.weights or {}} == {1, 2, 3}
     errors = step.scores["refit_error"]
     assert errors[0] is None and all(e is not None and e < 1 for e in errors[1:])
+
+
+@pytest.mark.parametrize(("sweep", "parts"), [(1, "down"), (2, "all")])
+def test_a_layer_that_cannot_begin_a_gap_is_repaired_for_its_own_end(
+    monkeypatch: pytest.MonkeyPatch, sweep: int, parts: Any
+) -> None:
+    """Three quarters left are too much; then it is as if nobody had asked."""
+
+    def repaired(ahead: int, enough: float) -> tuple[PruningModule, Step]:
+        monkeypatch.setattr("come_pl.pruning.refit.ENOUGH", enough)
+        model, module = tiny_model(layers=8), PruningModule(monitor=1)
+        record, refit = Record(8), Refit(parts, when="end", ahead=ahead, sweep=sweep, final=False)
+        module.attach(model, record, needs=refit.needs)
+        ids = tiny_ids(windows=16, seq=24)
+        module.training_step({"input_ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}, 0)
+        for _ in range(3):
+            step = Step("drop", [2])
+            record.append(step)
+            module.do(step)
+        refit.after(module, step, record, last=True)
+        for name, value in replay(record, module.teacher_model).state_dict().items():
+            assert torch.equal(value, module.student_model.state_dict()[name]), name
+        return module, step
+
+    (refused, step), (never, alone), (taken, _) = repaired(1, 0.0), repaired(0, 0.0), repaired(1, 10.0)
+    assert refused.record.groups == [[0], [1, 2, 3, 4], [5], [6], [7]]
+    first = {name: value for name, value in refused.student_model.state_dict().items() if ".layers.0." in name}
+    dense = refused.teacher_model.state_dict()
+    # repaired for its own end on the very stream it was made for, layer 0 has nothing to gain
+    assert all(torch.equal(value, dense[name]) for name, value in first.items())
+    assert not any(torch.equal(taken.student_model.state_dict()[name], dense[name]) for name in first if "down" in name)
+    for name, value in never.student_model.state_dict().items():
+        torch.testing.assert_close(refused.student_model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+    assert step.scores["refit_error"][0] is None and set(step.weights or {}) == set(alone.weights or {})

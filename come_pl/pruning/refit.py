@@ -25,6 +25,9 @@ a poor linear model of many; so the n layers below one that stands for dense lay
 
     T_end + j / (n + 1) · (T_e − T_{k+1}),   j = 1 … n from the lowest up;   n = min(ahead, dense layers gone / 2)
 
+One that cannot (three quarters of what it lacks are left on unseen windows; low in the model, layers cannot) is
+repaired again, for its own end only.
+
 Last, the gains of the final norm are fitted (`final_norm.py`).
 
 Not from a paper: ReplaceMe (arXiv 2505.02819) solves for a matrix after the MLP of the layer before a cut; this is
@@ -43,7 +46,7 @@ from come_pl.decoder import Family
 from come_pl.pruning import channels, final_norm
 from come_pl.pruning.regression import Fit, NormalEquations
 from come_pl.record import Record, Step
-from come_pl.surgery import FINAL_NORM, set_weights
+from come_pl.surgery import FINAL_NORM, put_back, set_weights
 from come_pl.taps import layer_run, projection_input
 
 if TYPE_CHECKING:
@@ -53,6 +56,7 @@ Parts = Literal["auto", "best", "none", "down", "both", "all"]
 When = Literal["auto", "step", "end"]
 Weighting = Literal["inverse", "uniform"]
 Source = Literal["own", "group"]
+ENOUGH = 0.75  # share of what it lacks, on unseen windows, that a layer below a gap may still lack to begin it
 Gap = tuple[float, int, int]  # a share of what lies between two boundaries of the teacher's stream
 
 
@@ -176,10 +180,17 @@ class Refit:
         if last:
             gaps = self.gaps_ahead(record)
             lowest = min([next(i for i, group in enumerate(record.groups) if len(group) > 1), *gaps])
-            for _ in range(self.sweeps):
+            for sweep in range(self.sweeps):
                 module.reach(lowest)
                 for layer in range(lowest, len(module.student)):
+                    restore = _memory(module, layer, weights)
                     self._layer(module, record, layer, weights, errors, shares, gaps.get(layer, ()))
+                    error = errors[layer]
+                    if layer in gaps and sweep == 0 and (error is None or error > ENOUGH):
+                        del gaps[layer]
+                        restore()
+                        errors[layer] = None
+                        self._layer(module, record, layer, weights, errors, shares)
                     module.advance(layer)
                 module.changed_from(lowest)
             if self.final:
@@ -285,14 +296,12 @@ class Refit:
             return token_weights(target, module.batches[number]["mask"], self.weighting)
 
         new, shares = channels.concatenated(module, index, group, led, counts)
-        own, before = channels.parameters(module, index, new), dict(weights)
+        restore = _memory(module, index, weights)
         self._set(module, index, new, weights)
         other_fit, other_left = self._output(module, index, family.mlp_output, group[-1] + 1, gaps)
         if shares[source] < 1 and _unseen(other_fit, other_left) < _unseen(fit, left):
             return other_fit, other_left, shares
-        self._set(module, index, own, weights)
-        weights.clear()
-        weights.update(before)
+        restore()
         return fit, left, {}
 
     def _reads(
@@ -388,3 +397,16 @@ class Refit:
 def _unseen(fit: Fit | None, left: float) -> float:
     """The error on unseen windows."""
     return left if fit is None else left * fit.error
+
+
+def _memory(module: PruningModule, index: int, weights: dict[str, Tensor]) -> Callable[[], None]:
+    """A function that gives student layer `index` its present parameters again, and `weights` what is in it now."""
+    layer, before = module.student.layers[index], dict(weights)
+    parameters = dict(layer.named_parameters())
+
+    def restore() -> None:
+        put_back(layer, parameters)
+        weights.clear()
+        weights.update(before)
+
+    return restore
