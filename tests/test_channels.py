@@ -131,6 +131,7 @@ def test_a_repaired_layer_has_channels_of_its_group_and_replays(sweep: int) -> N
     module, record, step = repaired(sweep)
     kept = step.scores["channels_kept"]
     assert [kept[0], kept[4]] == [None, None] and 0 < kept[1] < 1 and sum(kept[1:4]) == pytest.approx(1)
+    assert not any(parameter.is_inference() for parameter in module.student_model.parameters())
     again = replay(record, module.teacher_model)
     for name, value in module.student_model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name

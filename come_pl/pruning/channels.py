@@ -50,8 +50,13 @@ class Channels:
     inputs: list[tuple[Tensor, Tensor | None]]
     outputs: Tensor
 
+    def only(self, rows: Tensor) -> Channels:
+        """Some of them, with tensors of their own."""
+        inputs = [(weight[rows], None if bias is None else bias[rows]) for weight, bias in self.inputs]
+        return Channels(inputs, self.outputs[:, rows])
 
-@torch.inference_mode()
+
+@torch.no_grad()  # no inference mode: what comes out becomes parameters
 def concatenated(
     module: PruningModule,
     index: int,
@@ -79,20 +84,24 @@ def concatenated(
             held[number] = x
         return x
 
-    found = [_channels(module, layer, fit(layer, reads)) for layer in layers]
-    importance = torch.stack([_importance(module, channels, reads, weights) for channels in found])
-    width = importance.shape[1]
-    chosen = importance.flatten().topk(width).indices.sort().values
+    # of one layer at a time, as a model may be larger than memory
+    fits = {layer: fit(layer, reads) for layer in layers}
+    importance = [_importance(module, _channels(module, layer, led), reads, weights) for layer, led in fits.items()]
+    width = student.geometry.ffn
+    chosen = torch.cat(importance).topk(width).indices.sort().values
     rows = [chosen[chosen // width == place] - place * width for place in range(len(layers))]
-    kept = list(zip(found, rows, strict=True))
-    new: Parameters = {}
+    kept = [
+        _channels(module, layer, led).only(row)
+        for (layer, led), row in zip(fits.items(), rows, strict=True)
+        if len(row)
+    ]
+    new: Parameters = {student.family.mlp_output: {"weight": torch.cat([channels.outputs for channels in kept], 1)}}
     for number, name in enumerate(student.family.mlp_inputs):
-        parts = [(channels.inputs[number], row) for channels, row in kept]
-        new[name] = {"weight": torch.cat([weight[row] for (weight, _), row in parts])}
-        biases = [bias[row] for (_, bias), row in parts if bias is not None]
+        parts = [channels.inputs[number] for channels in kept]
+        new[name] = {"weight": torch.cat([weight for weight, _ in parts])}
+        biases = [bias for _, bias in parts if bias is not None]
         if biases:
             new[name]["bias"] = torch.cat(biases)
-    new[student.family.mlp_output] = {"weight": torch.cat([channels.outputs[:, row] for channels, row in kept], 1)}
     return new, {layer: len(row) / width for layer, row in zip(layers, rows, strict=True)}
 
 
