@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -164,8 +165,14 @@ def test_it_lowers_the_error_that_it_is_chosen_by() -> None:
     assert "channels_kept" not in own.scores
 
 
+def test_equal_errors_are_no_reason_to_keep_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("come_pl.pruning.refit._unseen", lambda fit, left: 1.0)
+    assert "channels_kept" in repaired()[2].scores
+
+
 def test_its_own_channels_stay_where_they_are_better(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("come_pl.pruning.refit._unseen", lambda fit, left: 1.0)  # no better
+    errors = itertools.cycle([1.03, 1.0])  # of all, of its own
+    monkeypatch.setattr("come_pl.pruning.refit._unseen", lambda fit, left: next(errors))
     module, record, step = repaired()
     monkeypatch.undo()
     own_module, _, own = repaired(channels="own")

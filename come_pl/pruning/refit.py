@@ -15,7 +15,7 @@ for; what their norms give is led back towards what the dense layer's norms gave
 the projections that read it (query, key, value; gate and up): W ← W M, from the same kind of regression.
 
 With `--refit_channels group`, a layer that stands for several dense ones gets the MLP channels of all of them that
-matter most (`channels.py`), where that leaves less error on unseen windows than its own.
+matter most (`channels.py`), unless that leaves more error on unseen windows than its own.
 
 `--refit_when step` repairs after each step, so that the next one is chosen on a repaired student; `end` once at the
 target depth, from the lowest changed layer upward, each layer on the stream that the repaired ones below give.
@@ -57,6 +57,7 @@ When = Literal["auto", "step", "end"]
 Weighting = Literal["inverse", "uniform"]
 Source = Literal["own", "group"]
 ENOUGH = 0.75  # share of what it lacks, on unseen windows, that a layer below a gap may still lack to begin it
+TIE = 1.02  # error of all channels, in units of its own's, that is no more: equal there, they gave the better model
 Gap = tuple[float, int, int]  # a share of what lies between two boundaries of the teacher's stream
 
 
@@ -93,7 +94,7 @@ class Refit:
         folds: Parts that calibration windows are dealt into; the strength of the ridge is chosen on unseen ones.
         ahead: Layers below a gap that begin to give what it gave, in passes at the end; fewer below a short gap.
         channels: What the MLP of a layer that stands for several dense layers is made of, with `all`: own, its own
-            channels; group, the most important ones of all of them, where that is better on unseen windows.
+            channels; group, the most important ones of all of them, unless that is clearly worse on unseen windows.
         final: Once the target depth is reached, fit the gains of the final norm to what the dense model predicts and to
             the text (`come_pl/pruning/final_norm.py`).
     """
@@ -274,8 +275,8 @@ class Refit:
         weights: dict[str, Tensor],
         gaps: Sequence[Gap],
     ) -> tuple[Fit | None, float, dict[int, float]]:
-        """Give a layer the most important channels of all dense layers that it stands for, unless its own leave less
-        error on unseen windows.
+        """Give a layer the most important channels of all dense layers that it stands for, unless its own leave clearly
+        less error on unseen windows.
 
         Args:
             fit, left: what `_output` gives for its own.
@@ -299,7 +300,7 @@ class Refit:
         restore = _memory(module, index, weights)
         self._set(module, index, new, weights)
         other_fit, other_left = self._output(module, index, family.mlp_output, group[-1] + 1, gaps)
-        if shares[source] < 1 and _unseen(other_fit, other_left) < _unseen(fit, left):
+        if shares[source] < 1 and _unseen(other_fit, other_left) < TIE * _unseen(fit, left):
             return other_fit, other_left, shares
         restore()
         return fit, left, {}
