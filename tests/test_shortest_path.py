@@ -12,9 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_model
+from lightning import Trainer
 from test_drop_methods import IDS, MASK, dense_order, measured, streams
 from test_loop import lines, prune
 
+from come_pl.data import CalibrationData
 from come_pl.decoder import Decoder
 from come_pl.pruning.methods.base import NoSite
 from come_pl.pruning.methods.shortest_path import EVERY, BridgedModel, ShortestPath, shortest_paths
@@ -23,6 +25,7 @@ from come_pl.pruning.refit import Refit
 from come_pl.record import Record
 from come_pl.taps import layer_run, stream_at
 from come_pl.workflows.prune import _selecting
+from come_pl.workflows.prune import prune as run
 
 FAMILIES = ("llama", "qwen2-mixed", "gemma2")
 LAYERS = 6
@@ -251,6 +254,18 @@ def test_a_gap_that_costs_less_than_its_layers_is_found(monkeypatch: pytest.Monk
     module = measured(tiny_model(layers=12), ShortestPath())
     plan, _, together = ShortestPath(gaps=1).plan(module, 2)
     assert [layer for layer, cost in enumerate(plan) if cost is not None] == [6, 7] and together == [1.6]
+
+
+@pytest.mark.parametrize("method, options", [("shortest_path", {"bridge": 3}), ("replaceme", {})])
+def test_a_family_that_a_method_cannot_take_is_refused_before_weights_are_read(
+    method: str, options: dict[str, Any], tmp_path: Path
+):
+    """There are none in the folder, and no tokenizer."""
+    tiny_model("gemma2", layers=4).config.save_pretrained(tmp_path / "model")
+    refused = PruningModule(str(tmp_path / "model")), CalibrationData(), Trainer(logger=False)
+    with pytest.raises(ValueError, match="not possible for gemma2: a norm stands between"):
+        run(*refused, method=method, options=options, target_layers=3, output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_stands_in_goes_by_the_repair():

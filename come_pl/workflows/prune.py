@@ -68,6 +68,7 @@ def prune(
     options = _selecting(dict(options), refit)
     chosen = method_class(**options)
     target = target_depth(config.num_hidden_layers, target_layers, sparsity)
+    chosen.check(family_of(config), config.num_hidden_layers, config.num_hidden_layers - target)
     on_the_way = set(evaluation.at) if chosen.progressive and not refit.ends else set()
     tokenizer = models.load_tokenizer(module.path)
     bos = models.needs_bos(config, tokenizer)

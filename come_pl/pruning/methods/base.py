@@ -12,6 +12,7 @@ from come_pl.pruning.sites import Sites
 from come_pl.record import Record, Step
 
 if TYPE_CHECKING:
+    from come_pl.decoder import Family
     from come_pl.pruning.module import PruningModule
 
 
@@ -54,6 +55,11 @@ class Method(ABC):
     def sites(self, record: Record, remove: int) -> Sites | None:
         """The spans that the next step may take, for a method that takes one of the least distance of all tokens and
         may give others up before all text has run through them; None: everything runs."""
+        return None
+
+    def check(self, family: Family, layers: int, remove: int) -> None:
+        """Raises ValueError, before a model is loaded or text is run, for one of `layers` layers that the method cannot
+        take `remove` from."""
         return None
 
     @abstractmethod

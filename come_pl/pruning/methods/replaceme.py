@@ -31,6 +31,7 @@ from come_pl.record import Record, Step
 from come_pl.taps import layer_run
 
 if TYPE_CHECKING:
+    from come_pl.decoder import Family
     from come_pl.pruning.module import PruningModule
 
 Solver = Literal["least_squares", "cosine"]
@@ -64,17 +65,20 @@ class ReplaceMe(Method):
         check(solver=(solver, Solver), ridge=(ridge, 0), lr=(lr, 0), epochs=(epochs, 0))
         self.solver, self.ridge, self.lr, self.epochs = solver, ridge, lr, epochs
 
+    def check(self, family: Family, layers: int, remove: int) -> None:
+        if not family.linear_outputs:
+            raise ValueError(
+                f"replaceme is not possible for {family.name}: a norm stands between its MLP's output projection and "
+                "the stream, so that no linear map can be folded into it"
+            )
+        if layers < remove + 1:
+            raise NoSite(f"a layer must stay before the {remove} that are dropped, of {layers}")
+
     def __call__(
         self, module: PruningModule, statistics: dict[str, Tensor], record: Record, *, remove: int
     ) -> Decision:
         student, path = module.student, module.student.family.mlp_output
-        if not student.family.linear_outputs:
-            raise ValueError(
-                f"replaceme is not possible for {student.family.name}: a norm stands between its MLP's output "
-                "projection and the stream, so that no linear map can be folded into it"
-            )
-        if record.layers - remove < 1 or record.layers < remove + 1:
-            raise NoSite(f"a layer must stay before the {remove} that are dropped, of {record.layers}")
+        self.check(student.family, record.layers, remove)
         distances = angular_distances(module, remove)
         cut = min(range(1, len(distances)), key=lambda site: distances[site])  # layer 0 has no layer before it
         matrix = (self.least_squares if self.solver == "least_squares" else self.cosine)(module, cut - 1, remove)

@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from come_pl.decoder import Family
 from come_pl.pruning.methods.base import Decision, NoSite
 from come_pl.pruning.methods.common import check
 from come_pl.pruning.methods.drops import Planned, rounded
@@ -206,6 +207,15 @@ class ShortestPath(Planned):
         self.windows, self.bridge, self.gaps, self.slack = windows, bridge, gaps, slack
         self.pass_windows = windows + bridge
 
+    def check(self, family: Family, layers: int, remove: int) -> None:
+        if remove > layers - 1:
+            raise NoSite(f"shortest_path keeps layer 0, and {remove} of {layers} layers are to go")
+        if self.bridge and not family.linear_outputs:
+            raise ValueError(
+                f"bridge {self.bridge} is not possible for {family.name}: a norm stands between its output projections "
+                "and the stream; give --method.bridge 0"
+            )
+
     def __call__(
         self, module: PruningModule, statistics: dict[str, Tensor], record: Record, *, remove: int
     ) -> Decision:
@@ -227,13 +237,7 @@ class ShortestPath(Planned):
         """(cost of the gap that each dense layer is dropped in, None for those that stay; cost of each alone, None for
         layer 0; divergence of the best set of each number of gaps, all of them repaired)."""
         depth = len(module.student)
-        if remove > depth - 1:
-            raise NoSite(f"shortest_path keeps layer 0, and {remove} of {depth} layers are to go")
-        if self.bridge and not module.student.family.linear_outputs:
-            raise ValueError(
-                f"bridge {self.bridge} is not possible for {module.student.family.name}: a norm stands between its "
-                "output projections and the stream; give --method.bridge 0"
-            )
+        self.check(module.student.family, depth, remove)
         model = BridgedModel(module, self.windows, self.bridge)
         costs = {(layer, layer + 1): model.divergence([(layer, layer + 1)]) for layer in range(1, depth)}
 
