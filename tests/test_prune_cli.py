@@ -276,8 +276,8 @@ def test_folder_of_another_run(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tiny: Path, text: Path, done: Path, tmp_path: Path
 ) -> None:
     before = weights(done)
-    line = refuse(capsys, monkeypatch, *basic(tiny, text, done), "--method.compensate", "none")
-    assert "holds another run (method.compensate is 'magnitude' there, 'none' here)" in line
+    line = refuse(capsys, monkeypatch, *basic(tiny, text, done), "--method.compensate", "magnitude")
+    assert "holds another run (method.compensate is 'none' there, 'magnitude' here)" in line
     assert weights(done) == before
     (tmp_path / "mine.txt").write_text("not to be touched")
     assert "not empty" in refuse(capsys, monkeypatch, *basic(tiny, text, tmp_path))
@@ -287,12 +287,12 @@ def test_folder_of_another_run(
 @pytest.mark.parametrize(
     ("words", "method", "parts"),
     [
-        ([], "prune_comp", "all"),
+        ([], "shortest_path", "all"),
         (["--preset", "paper"], "come", "none"),
         (["--method", "prune_comp"], "prune_comp", "none"),
         (["--method", "come"], "come", "down"),
-        (["--refit", "none"], "prune_comp", "none"),
-        (["--refit", "down"], "prune_comp", "down"),
+        (["--refit", "none"], "shortest_path", "none"),
+        (["--refit", "down"], "shortest_path", "down"),
     ],
 )
 def test_what_runs_where_no_method_is_given(
@@ -319,7 +319,7 @@ def test_the_printed_default_is_the_default(
     config.write_text(capsys.readouterr().out)
     assert exit_code(prune_main, "prune.py", "--config", config, monkeypatch=monkeypatch) == 0
     info = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert (info["method"]["name"], info["method"]["windows"], info["refit"]["parts"]) == ("prune_comp", 16, "all")
+    assert (info["method"]["name"], info["method"]["bridge"], info["refit"]["parts"]) == ("shortest_path", 16, "all")
 
 
 def test_without_a_method_a_family_that_cannot_be_repaired_is_pruned(
@@ -329,7 +329,8 @@ def test_without_a_method_a_family_that_cannot_be_repaired_is_pruned(
     arguments = [*basic(model, text, tmp_path / "run"), "--samples", "false"]
     assert exit_code(prune_main, "prune.py", *arguments, monkeypatch=monkeypatch) == 0
     info = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert (info["method"]["name"], info["refit"]["parts"]) == ("prune_comp", "none")
+    found = info["method"]["name"], info["method"]["bridge"], info["refit"]["parts"]
+    assert found == ("shortest_path", 0, "none"), "nothing will stand in the gaps"
 
 
 def test_run_of_other_weights_is_not_gone_on_with(

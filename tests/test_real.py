@@ -20,10 +20,11 @@ pytestmark = [
 
 def test_demo_model_on_embedded_text(tmp_path: Path) -> None:
     small = ("--data.tokens", 2048, "--evaluation.tokens", 2048, "--target_layers", 28)
+    small += ("--method.windows", 1, "--method.bridge", 3)
     result = run("prune.py", *small, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "runs" / "prune" / "latest"
-    assert folder.is_symlink() and str(folder.resolve().name).startswith("smollm2-135m-instruct-prune_comp-28-")
+    assert folder.is_symlink() and str(folder.resolve().name).startswith("smollm2-135m-instruct-shortest_path-28-")
     info = read_run(folder)
     measured = info["perplexity"]["embedded"]
     assert 8 < measured["dense"] < 40 and measured["dense"] < measured["pruned"] < 3 * measured["dense"]

@@ -38,8 +38,8 @@ METHODS: dict[str, type[Method]] = {
     "streamline": Streamline,
     "fusegpt": FuseGPT,
 }
-DEFAULT = "prune_comp"  # where no method is given: what measured best (README), with these settings
-DEFAULT_SETTINGS = {"method.windows": 16, "refit.parts": "best"}
+DEFAULT = "shortest_path"  # where no method is given: what measured best (README), with these settings
+DEFAULT_SETTINGS = {"refit.parts": "best"}
 ALIASES = {"concat_merge": "come", "concat_merge_P": "come_p"}
 
 

@@ -27,8 +27,8 @@ class PruneComp(Drop):
     Args:
         compensate: What follows a drop: none, or magnitude (the stream below the dropped layer is multiplied, in the
             weights, by what the layer multiplied its length by).
-        windows: Calibration windows that both are measured on, rounded up to whole batches; all without it. (Without
-            --method it is 16: a repair needs more text than a choice.)
+        windows: Calibration windows that both are measured on, rounded up to whole batches; all without it.
+            (A repair needs more text than a choice.)
     """
 
     needs = frozenset({"block_influence"})
