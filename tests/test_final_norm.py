@@ -64,7 +64,7 @@ def test_loss_and_derivatives_are_those_of_whole_models(family: str, scale: floa
         gradient, fisher = final_norm._derivatives(module, parts[0], factor)
     with torch.no_grad():
         tokens = [predicted(module, unseen) for unseen in (False, True)]
-    assert [len(part.u) for part in parts] == [len(t) for t in tokens] and min(map(len, tokens)) > 5
+    assert [len(part) for part in parts] == [len(t) for t in tokens] and min(map(len, tokens)) > 5
     at = factor.double().requires_grad_()
     losses = [whole_loss(module, t, at) for t in tokens]
     assert found == pytest.approx([float(each.detach().mean()) for each in losses], rel=1e-5)
@@ -121,8 +121,8 @@ def test_a_better_one_is_not_found_where_the_gains_are_the_best() -> None:
 def test_few_positions_are_spread_evenly() -> None:
     module, _, _ = ready("llama", Step("drop", [2]))
     with torch.inference_mode():
-        every = [len(p.u) for p in final_norm._positions(module, 4, ALL)]
-        third = [len(p.u) for p in final_norm._positions(module, 4, round(module.targets()) // 3)]
+        every = [len(p) for p in final_norm._positions(module, 4, ALL)]
+        third = [len(p) for p in final_norm._positions(module, 4, round(module.targets()) // 3)]
     assert sum(every) == module.targets() == 7 * 11 + 6
     assert sum(third) == 7 * 4 + 2, "tokens 1, 4, 7, 10 of eleven, 1, 4 of six"
 

@@ -41,6 +41,7 @@ ALIASES = {  # the official toolkit's flags, and short names, by what they are h
     "--refit_ahead": "--refit.ahead",
     "--refit_channels": "--refit.channels",
     "--refit_final": "--refit.final",
+    "--refit_last": "--refit.last",
     "--select": "--method.select",
     "--ppl_data": "--evaluation.data",
 }

@@ -4,13 +4,12 @@ Regression in the layers below leaves final states that lean to the mean; what t
 With u the final norm's output (its bias β left out), W the head and one factor s_c a channel, logits are W (u ⊙ s + β),
 and
 
-    min over s   Σ_t  lse(W h_t) − y_t · h_t,     h_t = u_t ⊙ s + β,    y_t = (E_{v ~ teacher} W_v + W_{next token}) / 2
+    min over s   Σ_t  lse(W h_t) − y_t · h_t,     h_t = u_t ⊙ s + β
 
-is the mean of the cross-entropies to the dense model's distribution and to the text: convex, with as many unknowns as
-the model is wide. It is solved by Fisher scoring, s ← s − (F + λ d I)⁻¹ g, with the gradient g, F the mean outer
-product of the next token's gradients, d its mean diagonal, and λ that of the least loss on windows that g and F have
-not seen; a step that is no better there is not taken. No learning rate, no epochs. Processes exchange the tokens'
-states and each solves the whole problem, so that what comes out does not depend on how many there are.
+is the mean of the cross-entropies to the dense model's distribution and to the text (`head.py`): convex, with as many
+unknowns as the model is wide. It is solved by Fisher scoring, s ← s − (F + λ d I)⁻¹ g, with the gradient g, F the mean
+outer product of the next token's gradients, d its mean diagonal, and λ that of the least loss on windows that g and F
+have not seen; a step that is no better there is not taken. No learning rate, no epochs.
 
 Not from a paper; temperature scaling (Guo et al., ICML 2017) is the case of one factor for all channels.
 """
@@ -18,19 +17,18 @@ Not from a paper; temperature scaling (Guo et al., ICML 2017) is the case of one
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from come_pl.decoder import Decoder
-from come_pl.pruning.regression import folds_of, rounded_change
-from come_pl.taps import logit_rows, targets_of
+from come_pl.pruning import head
+from come_pl.pruning.head import Positions
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from come_pl.pruning.module import PruningModule
 
 POSITIONS = 4096  # predicted tokens of all processes that are looked at, evenly spread, and up to twice as many
@@ -38,16 +36,7 @@ STRENGTHS = (0.01, 0.1, 1.0, 10.0)
 STEPS = 4
 
 
-@dataclass
-class _Positions:
-    """Some predicted tokens: u (tokens, hidden), y (tokens, hidden), next token (tokens,), fp32 and ids."""
-
-    u: Tensor
-    y: Tensor
-    following: Tensor
-
-
-@torch.inference_mode()
+@torch.no_grad()  # no inference mode: what comes out becomes a parameter
 def gains(module: PruningModule, folds: int, positions: int = POSITIONS) -> Tensor | None:
     """The final norm's new weight (hidden,), in its dtype; None where none is better on unseen windows.
 
@@ -56,63 +45,44 @@ def gains(module: PruningModule, folds: int, positions: int = POSITIONS) -> Tens
         positions: at least so many predicted tokens are looked at, where there are as many, and fewer than twice that.
     """
     student, norm = module.student, module.student.final_norm
-    if getattr(student.config, "final_logit_softcapping", None) is not None or norm.weight is None:
+    if not head.predictable(module) or norm.weight is None:
         return None
     seen, unseen = _positions(module, folds, positions)
-    factor = seen.u.new_ones(seen.u.shape[1])
-    if not len(seen.u) or not len(unseen.u):
+    if not len(seen) or not len(unseen):
         return None
-    best = _loss(module, unseen, factor)
-    start = best
-    for _ in range(STEPS):
-        gradient, fisher = _derivatives(module, seen, factor)
-        diagonal, tried = fisher.diagonal().mean(), list[tuple[float, Tensor]]()
-        for strength in STRENGTHS:
-            damped = fisher.clone()
-            damped.diagonal().add_(strength * diagonal)
-            solved, failed = torch.linalg.solve_ex(damped, gradient)
-            if not int(failed) and bool(solved.isfinite().all()):
-                candidate = factor - rounded_change(solved[None])[0].to(factor)
-                tried.append((_loss(module, unseen, candidate), candidate))
-        loss, candidate = min(tried, key=lambda entry: entry[0], default=(math.inf, factor))
-        if not loss < best:
-            break
-        best, factor = loss, candidate
-    if best == start:
+    factor = head.newton(
+        seen.y.new_ones(seen.y.shape[1]),
+        lambda factor: _loss(module, unseen, factor),
+        lambda factor: _step(*_derivatives(module, seen, factor)),
+        STRENGTHS,
+        0.1,
+        STEPS,
+    )
+    if factor is None:
         return None
     offset = student.family.norm_offset
     return ((norm.weight.float() + offset) * factor.to(norm.weight.device) - offset).to(norm.weight.dtype)
 
 
-def _positions(module: PruningModule, folds: int, positions: int) -> tuple[_Positions, _Positions]:
-    """(what is fitted to, what is not), of all processes, window after window."""
-    stride = max(1, math.floor(module.targets() / positions))
-    head = module.student.model.get_output_embeddings().weight
-    found: list[tuple[Tensor, ...]] = []  # of each window, filled up to as many rows as any has
-    for number, batch in enumerate(module.batches):
-        counted = targets_of(batch["mask"])
-        picked = counted & ((counted.cumsum(1) - 1) % stride == 0)
-        states = _normed(module.student, module.stream(number, len(module.student)))
-        dense = module.teacher.final_norm(module.teacher_stream(number, len(module.teacher)))
-        for window, fold in enumerate(folds_of(batch, folds)):
-            rows = picked[window].nonzero().squeeze(1)
-            following = batch["input_ids"][window, 1:][rows]
-            y = 0.5 * _expected(module, dense[window, rows]) + 0.5 * head[following].float()
-            group = torch.full_like(following, int(fold == 0))
-            room = -(-counted.shape[1] // stride) - len(rows)
-            filled = [F.pad(values, (0, 0, 0, room)) for values in (states[window, rows].float(), y)]
-            found.append((*filled, F.pad(following, (0, room)), F.pad(group, (0, room), value=-1)))
-    u, y, following, group = (_gathered(module, torch.stack(values)) for values in zip(*found, strict=True))
-    seen, unseen = (_Positions(u[group == which], y[group == which], following[group == which]) for which in (0, 1))
-    return seen, unseen
+def _step(gradient: Tensor, fisher: Tensor) -> Callable[[float], Tensor]:
+    """λ → (F + λ d I)⁻¹ g; not finite where that cannot be solved for."""
+
+    def solved(strength: float) -> Tensor:
+        damped = fisher.clone()
+        damped.diagonal().add_(strength * fisher.diagonal().mean())
+        found, failed = torch.linalg.solve_ex(damped, gradient)
+        return found if not int(failed) else torch.full_like(found, math.inf)
+
+    return solved
 
 
-def _gathered(module: PruningModule, own: Tensor) -> Tensor:
-    """Windows (windows, rows, …) of all processes in the order of the text, which deals them out in turn, as one
-    (tokens, …)."""
-    if module.world > 1:
-        own = module.all_gather(own).transpose(0, 1).flatten(0, 1)  # type: ignore[union-attr]
-    return own.flatten(0, 1)
+def _positions(module: PruningModule, folds: int, positions: int) -> tuple[Positions, Positions]:
+    """What is read of each token is u."""
+
+    def read(number: int) -> tuple[Tensor]:
+        return (_normed(module.student, module.stream(number, len(module.student))),)
+
+    return head.positions(module, folds, positions, read)
 
 
 def _normed(decoder: Decoder, stream: Tensor) -> Tensor:
@@ -122,43 +92,24 @@ def _normed(decoder: Decoder, stream: Tensor) -> Tensor:
     return states if bias is None else states - bias
 
 
-def _expected(module: PruningModule, states: Tensor) -> Tensor:
-    """The student's head (hidden,) in the mean over the teacher's next tokens, of its final states (tokens, hidden)."""
-    head = module.student.model.get_output_embeddings().weight
-    found = [head.new_zeros(0, head.shape[1], dtype=torch.float32)]
-    for part in states.split(logit_rows(module.teacher, 2)):
-        found.append((module.teacher.logits(part).float().softmax(-1).to(head.dtype) @ head).float())
-    return torch.cat(found)
+def _states(module: PruningModule, at: Positions, factor: Tensor) -> Callable[[slice], Tensor]:
+    (u,), bias = at.read, getattr(module.student.final_norm, "bias", None)
+    return lambda rows: u[rows] * factor + (0.0 if bias is None else bias.float())
 
 
-def _parts(module: PruningModule, at: _Positions, factor: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(rows, h, fp32 logits) a few rows at a time."""
-    head, bias = module.student.model.get_output_embeddings(), getattr(module.student.final_norm, "bias", None)
-    size = logit_rows(module.student, 2)
-    for begin in range(0, len(at.u), size):
-        rows = slice(begin, begin + size)
-        states = at.u[rows] * factor
-        states = states if bias is None else states + bias.float()
-        yield rows, states, head(states.to(head.weight.dtype)).float()
-
-
-def _loss(module: PruningModule, at: _Positions, factor: Tensor) -> float:
+def _loss(module: PruningModule, at: Positions, factor: Tensor) -> float:
     """Nats a token, up to a constant."""
-    total = torch.zeros((), dtype=torch.float64, device=factor.device)
-    for rows, states, logits in _parts(module, at, factor):
-        total += (logits.logsumexp(-1) - (at.y[rows] * states).sum(-1)).sum(dtype=torch.float64)
-    nats = float(total)
-    return math.inf if math.isnan(nats) else nats / len(at.u)
+    return head.loss(module, at, _states(module, at, factor))
 
 
-def _derivatives(module: PruningModule, at: _Positions, factor: Tensor) -> tuple[Tensor, Tensor]:
+def _derivatives(module: PruningModule, at: Positions, factor: Tensor) -> tuple[Tensor, Tensor]:
     """(gradient (hidden,), F (hidden, hidden)), means over the tokens, fp64."""
-    head, width = module.student.model.get_output_embeddings().weight, len(factor)
+    (u,), weight, width = at.read, module.student.model.get_output_embeddings().weight, len(factor)
     sums = torch.zeros(width + 1, width, dtype=torch.float64, device=factor.device)
-    for rows, _, logits in _parts(module, at, factor):
-        expected = (logits.softmax(-1).to(head.dtype) @ head).float()
-        sums[0] += (at.u[rows] * (expected - at.y[rows])).sum(0, dtype=torch.float64)
-        own = at.u[rows] * (expected - head[at.following[rows]].float())
+    for rows, _, logits in head.logits_of(module, at, _states(module, at, factor)):
+        expected = head.expected(weight, logits)
+        sums[0] += (u[rows] * (expected - at.y[rows])).sum(0, dtype=torch.float64)
+        own = u[rows] * (expected - weight[at.following[rows]].float())
         sums[1:] += own.T @ own
-    sums = sums / len(at.u)
+    sums = sums / len(at)
     return sums[0], sums[1:]

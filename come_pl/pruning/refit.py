@@ -28,7 +28,8 @@ a poor linear model of many; so the n layers below one that stands for dense lay
 One that cannot (three quarters of what it lacks are left on unseen windows; low in the model, layers cannot) is
 repaired again, for its own end only.
 
-Last, the gains of the final norm are fitted (`final_norm.py`).
+Last, the gains of the final norm are fitted (`final_norm.py`), and with `--refit_last true` the last layer's output
+projection for what the head makes of it (`last_layer.py`).
 
 Not from a paper: ReplaceMe (arXiv 2505.02819) solves for a matrix after the MLP of the layer before a cut; this is
 the same idea for any projection of any group, with the student's own input and unseen windows.
@@ -43,7 +44,7 @@ import torch
 from torch import Tensor, nn
 
 from come_pl.decoder import Family
-from come_pl.pruning import channels, final_norm
+from come_pl.pruning import channels, final_norm, last_layer
 from come_pl.pruning.regression import Fit, NormalEquations
 from come_pl.record import Record, Step
 from come_pl.surgery import FINAL_NORM, put_back, set_weights
@@ -97,6 +98,7 @@ class Refit:
             channels; group, the most important ones of all of them, unless that is clearly worse on unseen windows.
         final: Once the target depth is reached, fit the gains of the final norm to what the dense model predicts and to
             the text (`come_pl/pruning/final_norm.py`).
+        last: … and then the output projection of the last layer's MLP, for the same (`come_pl/pruning/last_layer.py`).
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Refit:
         ahead: int = 2,
         channels: Source = "group",
         final: bool = True,
+        last: bool = False,
     ):
         if channels not in ("own", "group"):
             raise ValueError(f"channels {channels!r}: expected own or group")
@@ -121,7 +124,7 @@ class Refit:
         if folds < 2:
             raise ValueError(f"folds {folds}: a strength chosen on unseen windows needs at least 2")
         self.parts, self.when, self.sweep, self.weighting, self.folds = parts, when, sweep, weighting, folds
-        self.ahead, self.channels, self.final = ahead, channels, final
+        self.ahead, self.channels, self.final, self.last = ahead, channels, final, last
         self._guess: dict[str, float] = {}
 
     def resolved(self, method: str, family: Family) -> Refit:
@@ -135,7 +138,7 @@ class Refit:
             check_family(family)
         if when == "auto":
             when = "step" if method == "come" else "end"
-        return Refit(parts, when, self.sweep, self.weighting, self.folds, self.ahead, self.channels, self.final)
+        return Refit(**(self.settings | {"parts": parts, "when": when}))
 
     @property
     def on(self) -> bool:
@@ -149,12 +152,12 @@ class Refit:
     @property
     def ends(self) -> bool:
         """Whether something is repaired at the target depth only."""
-        return self.on and (self.sweeps > 0 or self.final)
+        return self.on and (self.sweeps > 0 or self.final or self.last)
 
     @property
     def settings(self) -> dict[str, Any]:
         """For the run's identity and its `run.json`."""
-        names = ("parts", "when", "sweep", "weighting", "folds", "ahead", "channels", "final")
+        names = ("parts", "when", "sweep", "weighting", "folds", "ahead", "channels", "final", "last")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -200,6 +203,14 @@ class Refit:
                 if gains is not None:
                     weights[f"{FINAL_NORM}.weight"] = gains
                     set_weights(module.student, {f"{FINAL_NORM}.weight": gains})
+            if self.last:
+                module.reach(len(module.student))
+                projection = last_layer.projection(module, self.folds)
+                if projection is not None:
+                    index = len(module.student) - 1
+                    new = {module.student.family.mlp_output: {"weight": projection}}
+                    self._set(module, index, new, weights)
+                    module.changed_from(index)
         step.weights = weights or None
         step.scores["refit_error"] = errors
         if shares:

@@ -9,6 +9,7 @@ error on folds that the fit has not seen; it is found by walking along a grid fr
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -147,21 +148,13 @@ class NormalEquations:
         if len(folds) < 2 or not all(bool(s.isfinite().all()) for s in self.sums):
             return None
         a, b, nothing = self.a.sum(0), self.b.sum(0), float(self.c.sum())
-        errors: dict[int, float] = {}
+        begin = min(range(len(grid)), key=lambda i: abs(math.log(grid[i] / (guess or 0.1))))
 
+        @functools.cache
         def error(index: int) -> float:
-            if index not in errors:
-                errors[index] = self._unseen_error(grid[index], folds, a, b)
-            return errors[index]
+            return self._unseen_error(grid[index], folds, a, b)
 
-        begin, stride = guess or 0.1, 1 if guess else 2
-        here = min(range(len(grid)), key=lambda i: abs(math.log(grid[i] / begin)))
-        while stride:
-            near = [i for i in (here - stride, here, here + stride) if 0 <= i < len(grid)]
-            best = min(near, key=error)
-            if best == here:
-                stride //= 2
-            here = best
+        here = walked(error, begin, len(grid), 1 if guess else 2)
         if not error(here) < nothing:
             return None
         change = self._change(a, b, grid[here])
@@ -170,6 +163,19 @@ class NormalEquations:
         change, split = rounded_change(change), change.shape[1] - self.bias
         bias = change[:, split].float() if self.bias else None
         return Fit(change[:, :split].float(), bias, grid[here], float(f"{error(here) / nothing:.6g}"))
+
+
+def walked(error: Callable[[int], float], begin: int, count: int, stride: int = 1) -> int:
+    """Of the indices 0 … count − 1 one whose error, asked for again and again, is no larger than its neighbours', found
+    by walking downhill from `begin` in strides that are halved where neither side is better."""
+    here = begin
+    while stride:
+        near = [i for i in (here - stride, here, here + stride) if 0 <= i < count]
+        best = min(near, key=error)
+        if best == here:
+            stride //= 2
+        here = best
+    return here
 
 
 def folds_of(batch: dict[str, Any], folds: int) -> list[int]:

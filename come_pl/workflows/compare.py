@@ -30,6 +30,7 @@ OF_RUNS = {
     "ahead": "--refit.ahead",
     "channels": "--refit.channels",
     "final": "--refit.final",
+    "last": "--refit.last",
 }
 DEPTHS = (0.9, 0.8, 0.7)  # of the model's layers, where no depths are given
 
