@@ -28,8 +28,8 @@ a poor linear model of many; so the n layers below one that stands for dense lay
 One that cannot (three quarters of what it lacks are left on unseen windows; low in the model, layers cannot) is
 repaired again, for its own end only.
 
-Last, the gains of the final norm are fitted (`final_norm.py`), and with `--refit_last true` the last layer's output
-projection for what the head makes of it (`last_layer.py`).
+Last, the gains of the final norm are fitted (`final_norm.py`), and the last layer's output projection is solved for
+what the head makes of it (`last_layer.py`).
 
 Not from a paper: ReplaceMe (arXiv 2505.02819) solves for a matrix after the MLP of the layer before a cut; this is
 the same idea for any projection of any group, with the student's own input and unseen windows.
@@ -98,7 +98,8 @@ class Refit:
             channels; group, the most important ones of all of them, unless that is clearly worse on unseen windows.
         final: Once the target depth is reached, fit the gains of the final norm to what the dense model predicts and to
             the text (`come_pl/pruning/final_norm.py`).
-        last: … and then the output projection of the last layer's MLP, for the same (`come_pl/pruning/last_layer.py`).
+        last: After the gains, and only then, solve for the output projection of the last layer's MLP, for the same
+            (`come_pl/pruning/last_layer.py`).
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class Refit:
         ahead: int = 2,
         channels: Source = "group",
         final: bool = True,
-        last: bool = False,
+        last: bool = True,
     ):
         if channels not in ("own", "group"):
             raise ValueError(f"channels {channels!r}: expected own or group")
@@ -152,7 +153,7 @@ class Refit:
     @property
     def ends(self) -> bool:
         """Whether something is repaired at the target depth only."""
-        return self.on and (self.sweeps > 0 or self.final or self.last)
+        return self.on and (self.sweeps > 0 or self.final)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -203,18 +204,20 @@ class Refit:
                 if gains is not None:
                     weights[f"{FINAL_NORM}.weight"] = gains
                     set_weights(module.student, {f"{FINAL_NORM}.weight": gains})
-            if self.last:
-                module.reach(len(module.student))
-                projection = last_layer.projection(module, self.folds)
-                if projection is not None:
-                    index = len(module.student) - 1
-                    new = {module.student.family.mlp_output: {"weight": projection}}
-                    self._set(module, index, new, weights)
-                    module.changed_from(index)
+                if self.last:
+                    self._last(module, weights)
         step.weights = weights or None
         step.scores["refit_error"] = errors
         if shares:
             step.scores["channels_kept"] = [shares.get(layer) for layer in range(record.teacher_layers)]
+
+    def _last(self, module: PruningModule, weights: dict[str, Tensor]) -> None:
+        """Solve for the last layer's output projection by what the head makes of it."""
+        new = last_layer.projection(module, self.folds)
+        if new is not None:
+            index = len(module.student) - 1
+            self._set(module, index, {module.student.family.mlp_output: {"weight": new}}, weights)
+            module.changed_from(index)
 
     def gaps_ahead(self, record: Record) -> dict[int, list[Gap]]:
         """For student layers below long gaps: what each begins to give of them."""
