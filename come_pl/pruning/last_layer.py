@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from come_pl.offload import present
-from come_pl.pruning import head
+from come_pl.pruning import final_norm, head
 from come_pl.pruning.head import Positions
+from come_pl.surgery import FINAL_NORM, set_weights
 from come_pl.taps import layer_run
 
 if TYPE_CHECKING:
@@ -37,6 +38,23 @@ if TYPE_CHECKING:
 POSITIONS = 8192  # predicted tokens of all processes that are looked at, evenly spread, and up to twice as many
 STRENGTHS = tuple(10.0 ** (k / 2) for k in range(9))  # 1 … 10,000
 STEPS = 2  # the third brought a twentieth of what the two before it did
+
+
+def repaired_head(module: PruningModule, folds: int, layer: bool) -> dict[str, Tensor]:
+    """What goes by predictions: the final norm's gains (`final_norm.py`), then, with `layer`, this. The student has the
+    new weights, and they are returned by the names of `surgery.set_weights`."""
+    new, student = {}, module.student
+    gains = final_norm.gains(module, folds)
+    if gains is not None:
+        new[f"{FINAL_NORM}.weight"] = gains
+        set_weights(student, new)
+    weight = projection(module, folds) if layer else None
+    if weight is not None:
+        last = len(student) - 1
+        new[f"{last}.{student.family.mlp_output}.weight"] = weight
+        set_weights(student, new)
+        module.changed_from(last)
+    return new
 
 
 def projection(module: PruningModule, folds: int, positions: int = POSITIONS) -> Tensor | None:

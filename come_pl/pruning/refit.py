@@ -44,10 +44,10 @@ import torch
 from torch import Tensor, nn
 
 from come_pl.decoder import Family
-from come_pl.pruning import channels, final_norm, last_layer
+from come_pl.pruning import channels, last_layer
 from come_pl.pruning.regression import Fit, NormalEquations
 from come_pl.record import Record, Step
-from come_pl.surgery import FINAL_NORM, put_back, set_weights
+from come_pl.surgery import put_back, set_weights
 from come_pl.taps import layer_run, projection_input
 
 if TYPE_CHECKING:
@@ -200,24 +200,11 @@ class Refit:
                 module.changed_from(lowest)
             if self.final:
                 module.reach(len(module.student))
-                gains = final_norm.gains(module, self.folds)
-                if gains is not None:
-                    weights[f"{FINAL_NORM}.weight"] = gains
-                    set_weights(module.student, {f"{FINAL_NORM}.weight": gains})
-                if self.last:
-                    self._last(module, weights)
+                weights |= last_layer.repaired_head(module, self.folds, self.last)
         step.weights = weights or None
         step.scores["refit_error"] = errors
         if shares:
             step.scores["channels_kept"] = [shares.get(layer) for layer in range(record.teacher_layers)]
-
-    def _last(self, module: PruningModule, weights: dict[str, Tensor]) -> None:
-        """Solve for the last layer's output projection by what the head makes of it."""
-        new = last_layer.projection(module, self.folds)
-        if new is not None:
-            index = len(module.student) - 1
-            self._set(module, index, {module.student.family.mlp_output: {"weight": new}}, weights)
-            module.changed_from(index)
 
     def gaps_ahead(self, record: Record) -> dict[int, list[Gap]]:
         """For student layers below long gaps: what each begins to give of them."""
