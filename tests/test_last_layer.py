@@ -59,7 +59,7 @@ def test_loss_and_derivatives_are_those_of_whole_models(family: str, scale: floa
     own, draw = projection_of(module), torch.Generator().manual_seed(0)
     change = 0.1 * torch.randn(own.weight.shape, generator=draw)
     losses = [last_layer._loss(module, part, change) for part in (seen, unseen)]
-    gradient, g, a = last_layer._derivatives(module, seen, change)
+    (gradient, g), a = last_layer._derivatives(module, seen, change), last_layer._features(seen)
     before = [row.norm() for row in (seen.read[0])]
 
     own.weight = nn.Parameter(own.weight + change)
@@ -129,7 +129,12 @@ def test_it_helps_on_windows_that_it_was_not_fitted_to(family: str) -> None:
     assert torch.equal(module.teacher.part(module.teacher.layers[-1], path).weight, kept)
 
 
-def test_what_cannot_be_solved_is_left_alone() -> None:
+def test_what_cannot_be_solved_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost, _, _ = ready("llama", Step("drop", [2]))
+    of = last_layer._derivatives
+    with monkeypatch.context() as patch:
+        patch.setattr(last_layer, "_derivatives", lambda *given: (x * float("nan") for x in of(*given)))
+        assert last_layer.projection(lost, 4, ALL) is None
     capped, _, _ = ready("llama", Step("drop", [2]))
     capped.student.config.final_logit_softcapping = 30.0
     assert last_layer.projection(capped, 4) is None

@@ -20,6 +20,7 @@ It learns from the text as well as from the dense model, and on text of another 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -72,11 +73,11 @@ def projection(module: PruningModule, folds: int, positions: int = POSITIONS) ->
     if not len(seen) or not len(unseen):
         return None
     own = student.part(student.layers[-1], student.family.mlp_output)
-    shape = student.geometry.hidden, student.geometry.ffn
+    shape, features = (student.geometry.hidden, student.geometry.ffn), _features(seen)
     change = head.newton(
         torch.zeros(shape, device=module.device),
         lambda change: _loss(module, unseen, change),
-        lambda change: _step(*_derivatives(module, seen, change)),
+        lambda change: _step(*_derivatives(module, seen, change), features),
         STRENGTHS,
         1000.0,
         STEPS,
@@ -113,15 +114,23 @@ def _normed(norm: nn.Module, state: Tensor) -> Tensor:
     return norm(state.to(dtype)).float()
 
 
-def _derivatives(module: PruningModule, at: Positions, change: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(gradient (hidden, features), G (hidden, hidden), A (features, features)), means over the tokens, fp64."""
+def _sizes(at: Positions) -> Tensor:
+    """|h| of each token (tokens, 1)."""
+    return at.read[0].square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt()
+
+
+def _features(at: Positions) -> Tensor:
+    """A (features, features), fp64."""
+    x = at.read[1] / _sizes(at)
+    return (x.T @ x).double() / len(at)
+
+
+def _derivatives(module: PruningModule, at: Positions, change: Tensor) -> tuple[Tensor, Tensor]:
+    """(gradient (hidden, features), G (hidden, hidden)), means over the tokens, fp64."""
     (h, x), norm = at.read, module.student.final_norm
     weight = module.student.model.get_output_embeddings().weight
-    outputs, features = change.shape
-    gradient, a, g = (
-        torch.zeros(shape, dtype=torch.float64, device=change.device)
-        for shape in ((outputs, features), (features, features), (outputs, outputs))
-    )
+    slopes: list[Tensor] = []  # of the loss of each token
+    own: list[Tensor] = []  # of the nats of its next token
 
     def states(rows: slice) -> Tensor:
         return h[rows] + x[rows] @ change.T
@@ -131,18 +140,16 @@ def _derivatives(module: PruningModule, at: Positions, change: Tensor) -> tuple[
         state = states(rows).requires_grad_()
         with torch.enable_grad():
             normed = _normed(norm, state)
-        size = h[rows].square().mean(-1, keepdim=True).sqrt()
-        [down] = torch.autograd.grad(normed, state, expected - at.y[rows], retain_graph=True)
-        [own] = torch.autograd.grad(normed, state, expected - weight[at.following[rows]].float())
-        gradient += down.T @ x[rows]
-        own, features_of = own * size, x[rows] / size
-        g += own.T @ own
-        a += features_of.T @ features_of
-    return gradient / len(at), g / len(at), a / len(at)
+        slopes += torch.autograd.grad(normed, state, expected - at.y[rows], retain_graph=True)
+        own += torch.autograd.grad(normed, state, expected - weight[at.following[rows]].float())
+    sized = torch.cat(own) * _sizes(at)
+    return (torch.cat(slopes).T @ x).double() / len(at), (sized.T @ sized).double() / len(at)
 
 
 def _step(gradient: Tensor, g: Tensor, a: Tensor) -> Callable[[float], Tensor]:
-    """λ → (G ⊗ A + λ Ḡ Ā I)⁻¹ applied to the gradient."""
+    """λ → (G ⊗ A + λ Ḡ Ā I)⁻¹ applied to the gradient; not finite where these are not."""
+    if not all(bool(values.isfinite().all()) for values in (gradient, g, a)):
+        return lambda strength: torch.full_like(gradient, math.inf)
     own_g, basis_g = torch.linalg.eigh(g)
     own_a, basis_a = torch.linalg.eigh(a)
     turned, curvature = basis_g.T @ gradient @ basis_a, own_g[:, None] * own_a
