@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from come_pl.decoder import Decoder
 from come_pl.pruning.regression import folds_of, rounded_change, walked
-from come_pl.taps import logit_rows, targets_of
+from come_pl.taps import ROWS, logit_rows, targets_of
 
 if TYPE_CHECKING:
     from come_pl.pruning.module import PruningModule
@@ -130,11 +131,16 @@ def _gathered(module: PruningModule, own: Tensor) -> Tensor:
     return own.flatten(0, 1)
 
 
+def _rows(decoder: Decoder) -> int:
+    """How many tokens' logits are held at once: these go through the head twice, where few rows are slow."""
+    return max(ROWS, logit_rows(decoder, 2))
+
+
 def _expected(module: PruningModule, states: Tensor) -> Tensor:
     """The student's head (hidden,) in the mean over the teacher's next tokens, of its final states (tokens, hidden)."""
     weight = module.student.model.get_output_embeddings().weight
     found = [weight.new_zeros(0, weight.shape[1], dtype=torch.float32)]
-    for part in states.split(logit_rows(module.teacher, 2)):
+    for part in states.split(_rows(module.teacher)):
         found.append(expected(weight, module.teacher.logits(part).float()))
     return torch.cat(found)
 
@@ -149,7 +155,7 @@ def logits_of(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(rows, their final states (rows, hidden) as `states` gives them, fp32 logits), a few rows at a time."""
     head = module.student.model.get_output_embeddings()
-    size = logit_rows(module.student, 2)
+    size = _rows(module.student)
     for begin in range(0, len(at), size):
         rows = slice(begin, begin + size)
         h = states(rows)
