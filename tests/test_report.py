@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from come_pl.report import importance, merge_map, shares
+from come_pl.report.layers import _caption
 from come_pl.report.story import read_story
 from come_pl.report.tables import merges
 
@@ -178,9 +179,11 @@ def test_whose_channels_a_repaired_layer_has(tmp_path: Path) -> None:
     steps = synthetic(8, 6, "drop", 1)
     before = merges(read_story(write(tmp_path / "plain", steps, run_file(8))))[0]
     assert len(before.columns) == 3
+    assert _caption(steps, False, True).endswith("Hatched: dropped, none of its weights are kept.")
     groups = [group for group in steps[-1]["groups"] if len(group) > 1]
     kept = {layer: 1 / len(group) for group in groups for layer in group}
     steps[-1]["scores"]["channels_kept"] = [kept.get(layer) for layer in range(8)]
+    assert "none of its weights" not in _caption(steps, False, True)
     table = merges(read_story(write(tmp_path / "run", steps, run_file(8))))[0]
     assert table.columns[-1] == "its feed-forward channels come from" and "chose the feed-forward" in table.note
     expected = [", ".join(f"{layer} ({kept[layer]:.0%})" for layer in group) for group in groups]

@@ -122,6 +122,22 @@ def _finding(steps: Sequence[Step], final: State, run: dict[str, Any], dense: in
     return title
 
 
+def _caption(steps: Sequence[Step], merged: bool, dropped: bool) -> str:
+    """How the merge map is read."""
+    caption = "Read from left to right; the text enters at the top. Each ribbon leads from a layer of the dense model "
+    caption += "to the layer that stands for it in the shallower one. Grey: kept unchanged"
+    repaired = any(step.get("weights") for step in steps) and dropped
+    caption += " (but for repairs). " if repaired else ". "
+    caption += "Colour: neighbours merged into one layer; its bar shows whose channels it kept. " * merged
+    taken = any((step.get("scores") or {}).get("channels_kept") for step in steps)
+    kept = (
+        "a repair gave some of its feed-forward channels to the layer below"
+        if taken
+        else "none of its weights are kept"
+    )
+    return caption + f"Hatched: dropped, {kept}." * dropped
+
+
 def merge_map(run_dir: Path, path: Path | None = None) -> Path:
     """Draw which dense layers became which layers of the pruned model; the picture's path."""
     steps, run, dense = load_record(Path(run_dir))
@@ -130,12 +146,7 @@ def merge_map(run_dir: Path, path: Path | None = None) -> Path:
     real = [{t: s for t, s in layer.items() if s > 0} for layer in final]
     dropped = sorted(t for layer in final for t, s in layer.items() if s == 0)
     merged = [index for index, layer in enumerate(real) if len(layer) > 1]
-    caption = "Read from left to right; the text enters at the top. Each ribbon leads from a layer of the dense model "
-    caption += "to the layer that stands for it in the shallower one. Grey: kept unchanged"
-    repaired = any(step.get("weights") for step in steps) and bool(dropped)
-    caption += " (but for repairs). " if repaired else ". "
-    caption += "Colour: neighbours merged into one layer; its bar shows whose channels it kept. " * bool(merged)
-    caption += "Hatched: dropped, none of its weights are kept." * bool(dropped)
+    caption = _caption(steps, bool(merged), bool(dropped))
     pitch = min(0.31, max(0.2, 11 / max(dense, 1)))
     box, size, width = 0.8 * pitch, min(9.0, pitch * 72 * 0.46), 9.6 if merged else 7.2
     head, notes = wrap(title, width * 8.1), wrap(caption, width * 13.6)
