@@ -136,3 +136,14 @@ def tiny_text(path: Path, words: int = 2000, seed: int = 0) -> str:
     paragraphs = [" ".join(f"w{n}" for n in numbers[i : i + 10]) for i in range(0, words, 10)]
     path.write_text("\n\n".join(paragraphs))
     return str(path)
+
+
+def written_by(model: Any, windows: int, tokens: int) -> torch.Tensor:
+    """Token ids (windows, tokens) that a model wrote."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        ids = tiny_ids(windows=windows, seq=1)
+        for _ in range(tokens - 1):
+            following = torch.multinomial(model(input_ids=ids).logits[:, -1].softmax(-1), 1, generator=draw)
+            ids = torch.cat([ids, following], 1)
+    return ids

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_ids, tiny_model
+from conftest import tiny_model, written_by
 from test_refit import SOLVABLE, ready
 from torch import Tensor
 
@@ -104,10 +104,7 @@ def test_a_better_one_is_not_found_where_the_gains_are_the_best() -> None:
     model, module = tiny_model(layers=3), PruningModule(monitor=1)
     module.attach(model, Record(3), needs=frozenset())
     with torch.no_grad():
-        ids = tiny_ids(windows=64, seq=1)
-        for _ in range(40):
-            following = torch.multinomial(model(input_ids=ids).logits[:, -1].softmax(-1), 1)
-            ids = torch.cat([ids, following], 1)
+        ids = written_by(model, 64, 41)
         module.training_step({"input_ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}, 0)
         gains = final_norm.gains(module, 4, ALL)
         if gains is not None:

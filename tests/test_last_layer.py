@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SOLVABLE, tiny_ids, tiny_model
+from conftest import SOLVABLE, tiny_model, written_by
 from test_refit import ready
 from torch import Tensor, nn
 
@@ -106,10 +106,7 @@ def test_it_helps_on_windows_that_it_was_not_fitted_to(family: str) -> None:
     model, module = tiny_model(family, layers=3), PruningModule(monitor=1)
     module.attach(model, Record(3), needs=frozenset())
     with torch.no_grad():
-        ids = tiny_ids(windows=64, seq=1)
-        for _ in range(30):
-            following = torch.multinomial(model(input_ids=ids).logits[:, -1].softmax(-1), 1)
-            ids = torch.cat([ids, following], 1)
+        ids = written_by(model, 64, 31)
         module.training_step({"input_ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}, 0)
         path = module.student.family.mlp_output
         kept = module.teacher.part(module.teacher.layers[-1], path).weight.clone()
