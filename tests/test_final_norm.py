@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model, written_by
-from test_refit import SOLVABLE, ready
+from test_refit import SOLVABLE, ready, with_one_window
 from torch import Tensor
 
 from come_pl.pruning import final_norm
@@ -126,11 +126,7 @@ def test_few_positions_are_spread_evenly() -> None:
 
 def test_one_window_is_too_few_and_capped_logits_are_left_alone() -> None:
     for unseen in (False, True):
-        module, _, _ = ready("llama", Step("drop", [2]))
-        part = module.batches[0]
-        [row, *_] = [row for row, ids in enumerate(part["input_ids"]) if (int(ids.sum()) % 4 == 0) == unseen]
-        module.batches = [{name: part[name][row : row + 1] for name in ("input_ids", "mask")} | {"attention": None}]
-        module._states, module._valid, module.cache = [None], [0], "none"
+        module = with_one_window(unseen)
         assert final_norm.gains(module, 4) is None
     capped, _, _ = ready("llama", Step("drop", [2]))
     capped.student.config.final_logit_softcapping = 30.0

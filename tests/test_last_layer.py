@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SOLVABLE, tiny_model, written_by
-from test_refit import ready
+from test_refit import ready, with_one_window
 from torch import Tensor, nn
 
 from come_pl.pruning import last_layer
@@ -18,7 +18,7 @@ from come_pl.record import Record, Step, replay
 from come_pl.surgery import set_weights
 
 ALL = 10**6
-Token = tuple[Tensor, Tensor, Tensor, Tensor]  # loss, nats of the next token, final state, input of the projection
+Token = tuple[Tensor, Tensor, Tensor, Tensor]  # loss, next token, final state, input of the projection
 
 
 def projection_of(module: PruningModule) -> nn.Linear:
@@ -136,11 +136,7 @@ def test_what_cannot_be_solved_is_left_alone(monkeypatch: pytest.MonkeyPatch) ->
     capped.student.config.final_logit_softcapping = 30.0
     assert last_layer.projection(capped, 4) is None
     for unseen in (False, True):
-        module, _, _ = ready("llama", Step("drop", [2]))
-        part = module.batches[0]
-        [row, *_] = [row for row, ids in enumerate(part["input_ids"]) if (int(ids.sum()) % 4 == 0) == unseen]
-        module.batches = [{name: part[name][row : row + 1] for name in ("input_ids", "mask")} | {"attention": None}]
-        module._states, module._valid, module.cache = [None], [0], "none"
+        module = with_one_window(unseen)
         assert last_layer.projection(module, 4) is None, "one window is too few"
 
 

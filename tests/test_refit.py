@@ -111,6 +111,16 @@ def ready(family: str, step: Step, cache: Any = "ram", **options: Any) -> tuple[
     return module, record, refit
 
 
+def with_one_window(unseen: bool) -> PruningModule:
+    """Such a module, left with a single window, of the fold that fits at the head do not see or of another."""
+    module, _, _ = ready("llama", Step("drop", [2]))
+    part = module.batches[0]
+    [row, *_] = [row for row, ids in enumerate(part["input_ids"]) if (int(ids.sum()) % 4 == 0) == unseen]
+    module.batches = [{name: part[name][row : row + 1] for name in ("input_ids", "mask")} | {"attention": None}]
+    module._states, module._valid, module.cache = [None], [0], "none"
+    return module
+
+
 def merge(first: int = 1, heads: int = 2) -> Step:
     kept = [Kept((0,), tuple(range(0, 20))), Kept(tuple(range(1, heads)), tuple(range(20, 48)))]
     return Step("merge", [first, first + 1], [0.4, 0.6], kept, "mean")

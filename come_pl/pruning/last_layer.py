@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 POSITIONS = 8192  # predicted tokens of all processes that are looked at, evenly spread, and up to twice as many
 STRENGTHS = tuple(10.0 ** (k / 2) for k in range(9))  # 1 … 10,000
-STEPS = 2  # the third brought a twentieth of what the two before it did
+STEPS = 2  # a third brought little, and each reads the tokens again
 
 
 def repaired_head(module: PruningModule, folds: int, layer: bool) -> dict[str, Tensor]:
@@ -52,9 +52,10 @@ def repaired_head(module: PruningModule, folds: int, layer: bool) -> dict[str, T
     weight = projection(module, folds) if layer else None
     if weight is not None:
         last = len(student) - 1
-        new[f"{last}.{student.family.mlp_output}.weight"] = weight
-        set_weights(student, new)
+        own = {f"{last}.{student.family.mlp_output}.weight": weight}
+        set_weights(student, own)
         module.changed_from(last)
+        new |= own
     return new
 
 

@@ -28,7 +28,6 @@ class PruneComp(Drop):
         compensate: What follows a drop: none, or magnitude (the stream below the dropped layer is multiplied, in the
             weights, by what the layer multiplied its length by).
         windows: Calibration windows that both are measured on, rounded up to whole batches; all without it.
-            (A repair needs more text than a choice.)
     """
 
     needs = frozenset({"block_influence"})
