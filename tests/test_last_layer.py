@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from conftest import SOLVABLE, tiny_model, written_by
 from test_refit import ready, with_one_window
 from torch import Tensor, nn
 
-from come_pl.pruning import last_layer
+from come_pl.pruning import head, last_layer
 from come_pl.pruning.module import PruningModule
 from come_pl.record import Record, Step, replay
 from come_pl.surgery import set_weights
@@ -97,6 +98,26 @@ def test_a_step_is_newton_s_with_curvature_in_factors() -> None:
         damped = torch.kron(g, a) + strength * mean * torch.eye(15)
         expected = torch.linalg.solve(damped, gradient.flatten()).view(3, 5)
         torch.testing.assert_close(last_layer._step(gradient, g, a)(strength), expected)
+    assert not bool(last_layer._step(gradient, g * math.nan, a)(1.0).isfinite().any()), "an eigenproblem would fail"
+
+
+def test_newton_takes_the_best_strength_and_no_step_that_is_no_better() -> None:
+    """f = (x − 3)²; a step of 1 / λ of the way."""
+    start, asked = torch.zeros(1), list[float]()
+
+    def loss(x: Tensor) -> float:
+        return float((x - 3).square())
+
+    def step(x: Tensor) -> Any:
+        return lambda strength: asked.append(strength) or (x - 3) / strength
+
+    found = head.newton(start, loss, step, (0.4, 1.0, 2.0, 4.0, 8.0), 4.0, 1)
+    assert found is not None and float(found) == pytest.approx(3) and 8.0 in asked and len(asked) == len(set(asked))
+    assert float(head.newton(start, loss, step, (2.0, 4.0), 4.0, 2) or 0) == pytest.approx(2.25), "two halves"
+    assert head.newton(start, loss, step, (0.2, 0.4), 0.4, 3) is None, "beyond the other side"
+    assert head.newton(start, lambda x: 1.0, step, (1.0, 2.0), 1.0, 3) is None, "no better is not better"
+    lost = head.newton(start, loss, lambda x: lambda strength: x * math.nan, (1.0, 2.0), 1.0, 3)
+    assert lost is None
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "opt"])
