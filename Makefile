@@ -36,8 +36,8 @@ ABLATION := concat_merge come:refit=none,norm=dominant come:refit=none,norm=fold
 	come:select=span,refit=both come:select=span,sweep=1 come come:select=loss \
 	shortgpt shortgpt:refit=down shortgpt:refit=all prune_comp prune_comp:refit=down prune_comp:refit=all \
 	prune_comp:refit=all,final=false prune_comp:refit=all,ahead=0,final=false prune_comp:refit=all,weighting=uniform \
-	sleb sleb:refit=down replaceme shortest_path shortest_path:refit=all shortest_path:refit=all,last=false \
-	shortest_path:refit=all,channels=own,last=false
+	sleb sleb:refit=down replaceme shortest_path shortest_path:refit=all shortest_path:refit=all,last=0 \
+	shortest_path:refit=all,channels=own,last=0
 ablation: env
 	$(BIN)/python -m come_pl.compare --depths 27 24 21 --calibration $(CALIBRATION) --evaluation $(EVALUATION) \
 		--methods $(ABLATION) --output runs/ablation

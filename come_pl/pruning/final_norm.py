@@ -17,14 +17,18 @@ Not from a paper; temperature scaling (Guo et al., ICML 2017) is the case of one
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from come_pl.decoder import Decoder
 from come_pl.pruning import head
-from come_pl.pruning.head import Positions
+from come_pl.pruning.head import Targets
+from come_pl.pruning.regression import folds_of
+from come_pl.taps import targets_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +38,17 @@ if TYPE_CHECKING:
 POSITIONS = 4096  # predicted tokens of all processes that are looked at, evenly spread, and up to twice as many
 STRENGTHS = (0.01, 0.1, 1.0, 10.0)
 STEPS = 4
+
+
+@dataclass
+class Positions(Targets):
+    """Some predicted tokens.
+
+    Attributes:
+        u: (tokens, hidden), fp32.
+    """
+
+    u: Tensor
 
 
 @torch.no_grad()  # no inference mode: what comes out becomes a parameter
@@ -76,13 +91,36 @@ def _step(gradient: Tensor, fisher: Tensor) -> Callable[[float], Tensor]:
     return solved
 
 
-def _positions(module: PruningModule, folds: int, positions: int) -> tuple[Positions, Positions]:
-    """What is read of each token is u."""
+@torch.inference_mode()
+def _positions(module: PruningModule, folds: int, least: int) -> tuple[Positions, Positions]:
+    """(what is fitted to, what is not), of all processes, window after window: they exchange the tokens, and each
+    solves the whole problem, so that what comes out does not depend on how many there are."""
+    stride = max(1, math.floor(module.targets() / least))
+    found: list[tuple[Tensor, ...]] = []  # of each window, filled up to as many rows as any has
+    for number, batch in enumerate(module.batches):
+        counted = targets_of(batch["mask"])
+        picked = counted & ((counted.cumsum(1) - 1) % stride == 0)
+        u = _normed(module.student, module.stream(number, len(module.student)))
+        dense = module.teacher.final_norm(module.teacher_stream(number, len(module.teacher)))
+        for window, fold in enumerate(folds_of(batch, folds)):
+            rows = picked[window].nonzero().squeeze(1)
+            following = batch["input_ids"][window, 1:][rows]
+            y = head.targets(module, dense[window, rows], following)
+            group = torch.full_like(following, int(fold == 0))
+            room = -(-counted.shape[1] // stride) - len(rows)
+            filled = [F.pad(value, (0, 0, 0, room)) for value in (y, u[window, rows].float())]
+            found.append((*filled, F.pad(following, (0, room)), F.pad(group, (0, room), value=-1)))
+    y, u, following, group = (_gathered(module, torch.stack(values)) for values in zip(*found, strict=True))
+    seen, unseen = (Positions(y[group == which], following[group == which], u[group == which]) for which in (0, 1))
+    return seen, unseen
 
-    def read(number: int) -> tuple[Tensor]:
-        return (_normed(module.student, module.stream(number, len(module.student))),)
 
-    return head.positions(module, folds, positions, read)
+def _gathered(module: PruningModule, own: Tensor) -> Tensor:
+    """Windows (windows, rows, …) of all processes in the order of the text, which deals them out in turn, as one
+    (tokens, …)."""
+    if module.world > 1:
+        own = module.all_gather(own).transpose(0, 1).flatten(0, 1)  # type: ignore[union-attr]
+    return own.flatten(0, 1)
 
 
 def _normed(decoder: Decoder, stream: Tensor) -> Tensor:
@@ -93,18 +131,18 @@ def _normed(decoder: Decoder, stream: Tensor) -> Tensor:
 
 
 def _states(module: PruningModule, at: Positions, factor: Tensor) -> Callable[[slice], Tensor]:
-    (u,), bias = at.read, getattr(module.student.final_norm, "bias", None)
-    return lambda rows: u[rows] * factor + (0.0 if bias is None else bias.float())
+    bias = getattr(module.student.final_norm, "bias", None)
+    return lambda rows: at.u[rows] * factor + (0.0 if bias is None else bias.float())
 
 
 def _loss(module: PruningModule, at: Positions, factor: Tensor) -> float:
     """Nats a token, up to a constant."""
-    return head.loss(module, at, _states(module, at, factor))
+    return head.mean(float(head.nats(module, at, _states(module, at, factor))), len(at))
 
 
 def _derivatives(module: PruningModule, at: Positions, factor: Tensor) -> tuple[Tensor, Tensor]:
     """(gradient (hidden,), F (hidden, hidden)), means over the tokens, fp64."""
-    (u,), weight, width = at.read, module.student.model.get_output_embeddings().weight, len(factor)
+    u, weight, width = at.u, module.student.model.get_output_embeddings().weight, len(factor)
     sums = torch.zeros(width + 1, width, dtype=torch.float64, device=factor.device)
     for rows, _, logits in head.logits_of(module, at, _states(module, at, factor)):
         expected = head.expected(weight, logits)

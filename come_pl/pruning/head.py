@@ -3,8 +3,7 @@
     loss of a state h:  lse(W h) − y · h,     y = (E_{v ~ teacher} W_v + W_{next token}) / 2
 
 W is the student's head. The mean over predicted tokens is that of the cross-entropies to the dense model's distribution
-and to the text, up to a constant; of both only the vector y is kept of each token. Processes exchange the tokens, and
-each solves the whole problem, so that what comes out does not depend on how many there are.
+and to the text, up to a constant; of both only the vector y is kept of each token.
 """
 
 from __future__ import annotations
@@ -16,28 +15,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from come_pl.decoder import Decoder
-from come_pl.pruning.regression import folds_of, rounded_change, walked
-from come_pl.taps import ROWS, logit_rows, targets_of
+from come_pl.pruning.regression import rounded_change, walked
+from come_pl.taps import ROWS, logit_rows
 
 if TYPE_CHECKING:
     from come_pl.pruning.module import PruningModule
 
 
 @dataclass
-class Positions:
-    """Some predicted tokens.
+class Targets:
+    """What some tokens predict.
 
     Attributes:
-        read: what a repair reads of each (tokens, width), fp32.
         y: (tokens, hidden), fp32.
         following: the next token (tokens,).
     """
 
-    read: tuple[Tensor, ...]
     y: Tensor
     following: Tensor
 
@@ -50,41 +46,14 @@ def predictable(module: PruningModule) -> bool:
     return getattr(module.student.config, "final_logit_softcapping", None) is None
 
 
-@torch.inference_mode()
-def positions(
-    module: PruningModule, folds: int, least: int, read: Callable[[int], tuple[Tensor, ...]]
-) -> tuple[Positions, Positions]:
-    """(what is fitted to, what is not), of all processes, window after window.
-
-    Args:
-        folds: calibration windows are dealt into so many parts; the first is not fitted to.
-        least: at least so many predicted tokens are looked at, evenly spread, where there are as many, and fewer than
-            twice that.
-        read: the number of a batch → what is to be kept of its tokens, each (batch, seq, width).
-    """
-    stride = max(1, math.floor(module.targets() / least))
+def targets(module: PruningModule, dense: Tensor, following: Tensor) -> Tensor:
+    """y (tokens, hidden) of tokens with these final states (tokens, hidden) of the teacher, after its norm, and next
+    tokens (tokens,)."""
     weight = module.student.model.get_output_embeddings().weight
-    found: list[tuple[Tensor, ...]] = []  # of each window, filled up to as many rows as any has
-    for number, batch in enumerate(module.batches):
-        counted = targets_of(batch["mask"])
-        picked = counted & ((counted.cumsum(1) - 1) % stride == 0)
-        values = read(number)
-        dense = module.teacher.final_norm(module.teacher_stream(number, len(module.teacher)))
-        for window, fold in enumerate(folds_of(batch, folds)):
-            rows = picked[window].nonzero().squeeze(1)
-            following = batch["input_ids"][window, 1:][rows]
-            y = 0.5 * _expected(module, dense[window, rows]) + 0.5 * weight[following].float()
-            group = torch.full_like(following, int(fold == 0))
-            room = -(-counted.shape[1] // stride) - len(rows)
-            own = (*(value[window, rows].float() for value in values), y)
-            filled = [F.pad(value, (0, 0, 0, room)) for value in own]
-            found.append((*filled, F.pad(following, (0, room)), F.pad(group, (0, room), value=-1)))
-    *read_all, y, following, group = (_gathered(module, torch.stack(values)) for values in zip(*found, strict=True))
-    seen, unseen = (
-        Positions(tuple(value[group == which] for value in read_all), y[group == which], following[group == which])
-        for which in (0, 1)
-    )
-    return seen, unseen
+    found = [weight.new_zeros(0, weight.shape[1], dtype=torch.float32)]
+    for part in dense.split(_rows(module.teacher)):
+        found.append(expected(weight, module.teacher.logits(part).float()))
+    return 0.5 * torch.cat(found) + 0.5 * weight[following].float()
 
 
 def newton(
@@ -123,26 +92,9 @@ def newton(
     return None if here is start else here
 
 
-def _gathered(module: PruningModule, own: Tensor) -> Tensor:
-    """Windows (windows, rows, …) of all processes in the order of the text, which deals them out in turn, as one
-    (tokens, …)."""
-    if module.world > 1:
-        own = module.all_gather(own).transpose(0, 1).flatten(0, 1)  # type: ignore[union-attr]
-    return own.flatten(0, 1)
-
-
 def _rows(decoder: Decoder) -> int:
     """How many tokens' logits are held at once: these go through the head twice, where few rows are slow."""
     return max(ROWS, logit_rows(decoder, 2))
-
-
-def _expected(module: PruningModule, states: Tensor) -> Tensor:
-    """The student's head (hidden,) in the mean over the teacher's next tokens, of its final states (tokens, hidden)."""
-    weight = module.student.model.get_output_embeddings().weight
-    found = [weight.new_zeros(0, weight.shape[1], dtype=torch.float32)]
-    for part in states.split(_rows(module.teacher)):
-        found.append(expected(weight, module.teacher.logits(part).float()))
-    return torch.cat(found)
 
 
 def expected(weight: Tensor, logits: Tensor) -> Tensor:
@@ -151,7 +103,7 @@ def expected(weight: Tensor, logits: Tensor) -> Tensor:
 
 
 def logits_of(
-    module: PruningModule, at: Positions, states: Callable[[slice], Tensor]
+    module: PruningModule, at: Targets, states: Callable[[slice], Tensor]
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(rows, their final states (rows, hidden) as `states` gives them, fp32 logits), a few rows at a time."""
     head = module.student.model.get_output_embeddings()
@@ -162,10 +114,14 @@ def logits_of(
         yield rows, h, head(h.to(head.weight.dtype)).float()
 
 
-def loss(module: PruningModule, at: Positions, states: Callable[[slice], Tensor]) -> float:
-    """Nats a token, up to a constant, of final states; infinite where it is not a number."""
+def nats(module: PruningModule, at: Targets, states: Callable[[slice], Tensor]) -> Tensor:
+    """Sum over the tokens (one number, fp64), up to a constant, of final states."""
     total = torch.zeros((), dtype=torch.float64, device=module.device)
     for rows, h, logits in logits_of(module, at, states):
         total += (logits.logsumexp(-1) - (at.y[rows] * h).sum(-1)).sum(dtype=torch.float64)
-    nats = float(total)
-    return math.inf if math.isnan(nats) else nats / len(at)
+    return total
+
+
+def mean(nats: float, tokens: float) -> float:
+    """Nats a token; infinite where that is not a number."""
+    return math.inf if math.isnan(nats) else nats / tokens

@@ -28,8 +28,8 @@ a poor linear model of many; so the n layers below one that stands for dense lay
 One that cannot (three quarters of what it lacks are left on unseen windows; low in the model, layers cannot) is
 repaired again, for its own end only.
 
-Last, the gains of the final norm are fitted (`final_norm.py`), and the last layer's output projection is solved for
-what the head makes of it (`last_layer.py`).
+Last, the gains of the final norm are fitted (`final_norm.py`), and the output projections of the last layers are solved
+for together, for what the head makes of them (`last_layers.py`).
 
 Not from a paper: ReplaceMe (arXiv 2505.02819) solves for a matrix after the MLP of the layer before a cut; this is
 the same idea for any projection of any group, with the student's own input and unseen windows.
@@ -44,7 +44,7 @@ import torch
 from torch import Tensor, nn
 
 from come_pl.decoder import Family
-from come_pl.pruning import channels, last_layer
+from come_pl.pruning import channels, last_layers
 from come_pl.pruning.regression import Fit, NormalEquations
 from come_pl.record import Record, Step
 from come_pl.surgery import put_back, set_weights
@@ -98,8 +98,9 @@ class Refit:
             channels; group, the most important ones of all of them, unless that is clearly worse on unseen windows.
         final: Once the target depth is reached, fit the gains of the final norm to what the dense model predicts and to
             the text (`come_pl/pruning/final_norm.py`).
-        last: After the gains, and only then, solve for the output projection of the last layer's MLP, for the same
-            (`come_pl/pruning/last_layer.py`).
+        last: After the gains, and only then, solve for the output projections of so many of the last layers, for the
+            same (`come_pl/pruning/last_layers.py`). 0: none. auto: 8; 1 with --offload, as it holds several times the
+            projections of each.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class Refit:
         ahead: int = 2,
         channels: Source = "group",
         final: bool = True,
-        last: bool = True,
+        last: int | Literal["auto"] = "auto",
     ):
         if channels not in ("own", "group"):
             raise ValueError(f"channels {channels!r}: expected own or group")
@@ -122,15 +123,17 @@ class Refit:
             raise ValueError(f"sweep {sweep}: the number of passes is not negative")
         if sweep and parts == "none":
             raise ValueError(f"sweep {sweep} needs --refit down, both or all: a sweep is made of refits")
+        if last != "auto" and last < 0:
+            raise ValueError(f"last {last}: the number of layers is not negative")
         if folds < 2:
             raise ValueError(f"folds {folds}: a strength chosen on unseen windows needs at least 2")
         self.parts, self.when, self.sweep, self.weighting, self.folds = parts, when, sweep, weighting, folds
         self.ahead, self.channels, self.final, self.last = ahead, channels, final, last
         self._guess: dict[str, float] = {}
 
-    def resolved(self, method: str, family: Family) -> Refit:
+    def resolved(self, method: str, family: Family, offloaded: bool = False) -> Refit:
         """What `best` and `auto` mean for a method and a family; sweeps alone ask for refits."""
-        parts, when = self.parts, self.when
+        parts, when, last = self.parts, self.when, self.last
         if parts == "best":
             parts = "all" if family.linear_outputs else "none"
         if parts == "auto":
@@ -139,7 +142,9 @@ class Refit:
             check_family(family)
         if when == "auto":
             when = "step" if method == "come" else "end"
-        return Refit(**(self.settings | {"parts": parts, "when": when}))
+        if last == "auto":
+            last = 1 if offloaded else last_layers.LAYERS
+        return Refit(**(self.settings | {"parts": parts, "when": when, "last": last}))
 
     @property
     def on(self) -> bool:
@@ -200,7 +205,8 @@ class Refit:
                 module.changed_from(lowest)
             if self.final:
                 module.reach(len(module.student))
-                weights |= last_layer.repaired_head(module, self.folds, self.last)
+                layers = last_layers.LAYERS if self.last == "auto" else self.last
+                weights |= last_layers.repaired_head(module, self.folds, layers)
         step.weights = weights or None
         step.scores["refit_error"] = errors
         if shares:

@@ -64,7 +64,7 @@ def prune(
     evaluation = evaluation or EvaluationText()
     name, method_class = find(method)
     config = models.load_config(module.path).get_text_config(decoder=True)
-    refit = (refit or Refit("none")).resolved(name, family_of(config))
+    refit = (refit or Refit("none")).resolved(name, family_of(config), module.offload != "none")
     options = _selecting(dict(options), refit)
     chosen = method_class(**options)
     target = target_depth(config.num_hidden_layers, target_layers, sparsity)

@@ -1,0 +1,317 @@
+"""The output projections of the last layers, solved for together for what the head makes of them.
+
+Least squares leads each layer towards the dense model's stream, all of its directions alike; what counts is what is
+predicted in the end. With W the weights of `o_proj` and `down_proj` of the last layers, u(W) the final state after the
+norm, y what the dense model and the text say follows (`head.py`):
+
+    min over W   Σ_t  lse(H u_t(W)) − y_t · u_t(W)                              H: the head
+
+by steps of Newton's method with a curvature in factors, one pair for each projection (K-FAC, Martens and Grosse, ICML
+2015). With x what a projection gets, g the gradient of the loss at what it gives:
+
+    W ← W − G⁻¹ (Σ_t g_t x_tᵀ / T) A⁻¹,   A = Σ_t x̂_t x̂_tᵀ / T,   G = Σ_t ĝ_t ĝ_tᵀ / T
+
+ĝ is the same with the next token instead of y, times |h|, x̂ = x / |h|, and |h| the root mean square of the stream where
+these layers begin: norms divide by about that, so that massive activations would own A otherwise. G ⊗ A + λ Ḡ Ā I is
+what is inverted, Ḡ and Ā mean diagonals, λ, one for all, that of the least loss on windows that the step has not seen;
+a step that is no better there is not taken. No learning rate. Pairs know nothing of each other, so that λ grows with
+their number.
+
+It learns from the text as well as from the dense model, and on text of another kind gains less (README).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from come_pl.offload import present
+from come_pl.pruning import final_norm, head
+from come_pl.pruning.head import Targets
+from come_pl.pruning.regression import folds_of
+from come_pl.surgery import FINAL_NORM, set_weights
+from come_pl.taps import stream_at, streams, targets_of
+
+if TYPE_CHECKING:
+    from come_pl.pruning.module import PruningModule
+
+LAYERS = 8
+TOKENS = 16384  # predicted tokens of all processes that are looked at, in whole windows; about as many
+STRENGTHS = tuple(10.0 ** (k / 2) for k in range(3, 11))  # 32 … 100,000
+STEPS = 2  # a third brought little, and each reads the tokens again
+Factors = tuple[Tensor, Tensor]  # of a positive matrix: eigenvalues, eigenvectors
+
+
+def repaired_head(module: PruningModule, folds: int, layers: int) -> dict[str, Tensor]:
+    """What goes by predictions: the final norm's gains (`final_norm.py`), then this for so many layers. The student has
+    the new weights, and they are returned by the names of `surgery.set_weights`."""
+    new, student = {}, module.student
+    gains = final_norm.gains(module, folds)
+    if gains is not None:
+        new[f"{FINAL_NORM}.weight"] = gains
+        set_weights(student, new)
+    own = projections(module, folds, layers) if layers else {}
+    if own:
+        set_weights(student, own)
+        module.changed_from(min(int(name.split(".")[0]) for name in own))
+    return new | own
+
+
+def projections(module: PruningModule, folds: int, layers: int, tokens: int = TOKENS) -> dict[str, Tensor]:
+    """The new weights, in their dtype, by the names of `surgery.set_weights`; none where none are better on unseen
+    windows.
+
+    Args:
+        folds: calibration windows are dealt into so many parts; the first is not fitted to.
+        layers: how many, where there are as many. Of each, several times its output projections are in memory.
+        tokens: about so many predicted tokens are looked at.
+    """
+    student = module.student
+    if not head.predictable(module) or not student.family.linear_outputs:
+        return {}
+    last = _Last(module, min(layers, len(student)))
+    windows = list(_windows(module, folds, tokens, last.lowest))
+    seen, unseen = ([w for w in windows if w.unseen == which] for which in (False, True))
+    if not all(int(module.sum(torch.tensor(len(part)))) for part in (seen, unseen)):
+        return {}
+    features: dict[str, Factors] = {}  # they hardly change, and are decomposed once
+    change = head.newton(
+        torch.zeros(sum(last.sizes), device=module.device),
+        lambda change: last.loss(unseen, change),
+        lambda change: last.step(last.derivatives(seen, change, not features), features),
+        STRENGTHS,
+        1000.0,
+        STEPS,
+    )
+    if change is None:
+        return {}
+    new = {}
+    for name, own in last.split(change).items():
+        weight = last.parts[name].weight
+        with present(weight):
+            new[f"{name}.weight"] = (weight.float() + own.to(weight.device)).to(weight.dtype)
+    return new
+
+
+@dataclass
+class Window:
+    """A calibration window with at least one predicted token.
+
+    Attributes:
+        inputs: of the student's forward: token ids, and what the model gets as its attention mask.
+        hidden: the stream where the layers begin (1, seq, hidden).
+        counted: (seq − 1,), True where a token is predicted.
+        at: y and the next token of these tokens.
+        size: the root mean square of the stream at these (tokens, 1).
+        unseen: it is not fitted to.
+    """
+
+    inputs: tuple[Tensor, Tensor | None]
+    hidden: Tensor
+    counted: Tensor
+    at: Targets
+    size: Tensor
+    unseen: bool
+
+
+@torch.no_grad()  # no inference mode: autograd goes through
+def _windows(module: PruningModule, folds: int, tokens: int, lowest: int) -> Iterator[Window]:
+    """Of this process. Which windows goes by their content, not by the process or the batch that they are in."""
+    stride = max(1, round(module.targets() / tokens))
+    for number, batch in enumerate(module.batches):
+        picked = (batch["input_ids"].sum(1) // folds % stride == 0) & targets_of(batch["mask"]).any(1)
+        rows = picked.nonzero().squeeze(1).tolist()
+        if not rows:
+            continue
+        hidden = module.stream(number, lowest)
+        dense = module.teacher.final_norm(module.teacher_stream(number, len(module.teacher)))
+        for row in rows:
+            part = module.part((number, slice(row, row + 1)))
+            counted = targets_of(part["mask"])[0]
+            following = part["input_ids"][0, 1:][counted]
+            y = head.targets(module, dense[row, :-1][counted], following)
+            own = hidden[row : row + 1].clone()
+            size = own[0, :-1][counted].float().square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt()
+            inputs = part["input_ids"], part["attention"]
+            yield Window(inputs, own, counted, Targets(y, following), size, folds_of(batch, folds)[row] == 0)
+
+
+@dataclass
+class Derivatives:
+    """Means over tokens, fp64, of one projection: gradient (out, in), G (out, out), A (in, in) or none."""
+
+    gradient: Tensor
+    g: Tensor
+    a: Tensor | None
+
+
+class _Last:
+    """The last layers of the student, and changes of their output projections: as one vector, of all projections.
+
+    Attributes:
+        lowest: the first of the layers.
+        parts: name → projection.
+    """
+
+    def __init__(self, module: PruningModule, layers: int):
+        self.module, self.student = module, module.student
+        self.lowest = len(self.student) - layers
+        self.boundaries = range(self.lowest + 1, len(self.student) + 1)
+        family = self.student.family
+        self.parts: dict[str, nn.Linear] = {
+            f"{index}.{path}": self.student.part(self.student.layers[index], path)
+            for index in range(self.lowest, len(self.student))
+            for path in (family.attention_output, family.mlp_output)
+        }
+        self.sizes = [part.weight.numel() for part in self.parts.values()]
+
+    def split(self, change: Tensor) -> dict[str, Tensor]:
+        """Name → change (out, in)."""
+        each = zip(self.parts.items(), change.split(self.sizes), strict=True)
+        return {name: own.view(part.weight.shape) for (name, part), own in each}
+
+    @contextlib.contextmanager
+    def _changed(self, change: Tensor, seen: Callable[[str, Tensor, Tensor], Tensor] | None = None) -> Iterator[None]:
+        """Within it the projections are changed. `seen` is given the name of each, its input and its output, and what
+        it returns takes the output's place."""
+        handles = []
+        for name, own in self.split(change).items():
+
+            def after(module: nn.Module, args: tuple, output: Tensor, name: str = name, own: Tensor = own) -> Tensor:
+                output = output + F.linear(args[0], own.to(args[0].dtype))
+                return output if seen is None else seen(name, args[0], output)
+
+            handles.append(self.parts[name].register_forward_hook(after))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _states(self, window: Window) -> Tensor:
+        """Final states (tokens, hidden) of what is predicted from."""
+        found = self.student.run(*window.inputs, start=self.lowest, hidden=window.hidden)
+        return found[0, :-1][window.counted]
+
+    @torch.no_grad()
+    def loss(self, windows: list[Window], change: Tensor) -> float:
+        """Nats a token, up to a constant."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.module.device)
+        with self._changed(change):
+            for window in windows:
+                states = self._states(window).float()
+                sums[0] += head.nats(self.module, window.at, states.__getitem__)
+                sums[1] += len(window.at)
+        nats, tokens = self.module.sum(sums).tolist()
+        return head.mean(nats, tokens)
+
+    def derivatives(self, windows: list[Window], change: Tensor, features: bool) -> dict[str, Derivatives]:
+        """Of the loss, by projection; A only with `features`. One layer's graph is in memory at a time."""
+        sums = {name: _zeros(part, features) for name, part in self.parts.items()}
+        for window in windows:
+            with torch.no_grad(), self._changed(change), streams(self.student, self.boundaries) as kept:
+                self._states(window)
+            slopes = self._slopes(window, kept[len(self.student)])
+            for index in range(len(self.student) - 1, self.lowest - 1, -1):
+                hidden = kept[index] if index > self.lowest else window.hidden
+                found, slopes = self._back(index, window, hidden, change, slopes)
+                for name, (x, slope, own) in found.items():
+                    total = sums[name]
+                    total.gradient += (slope.T @ x).double()
+                    total.g += _outer(own * window.size)
+                    if total.a is not None:
+                        total.a += _outer(x / window.size)
+        tokens = float(self.module.sum(torch.tensor(float(sum(len(window.at) for window in windows)))))
+        for total in sums.values():
+            for field, value in vars(total).items():
+                if value is not None:
+                    setattr(total, field, self.module.sum(value).to(value.device) / tokens)
+        return sums
+
+    def _slopes(self, window: Window, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """(of the loss, of the nats of the next tokens) at the stream after the last layer (1, seq, hidden)."""
+        weight, norm = self.student.model.get_output_embeddings().weight, self.student.final_norm
+        state = stream[0, :-1][window.counted].detach().requires_grad_()
+        with torch.enable_grad():
+            normed = norm(state)
+        with torch.no_grad():
+            parts = head.logits_of(self.module, window.at, normed.detach().__getitem__)
+            expected = torch.cat([head.expected(weight, logits) for *_, logits in parts])
+        found = []
+        for wanted in (window.at.y, weight[window.at.following].float()):
+            [slope] = torch.autograd.grad(normed, state, (expected - wanted).to(normed.dtype), retain_graph=True)
+            whole = torch.zeros_like(stream)
+            whole[0, :-1][window.counted] = slope
+            found.append(whole)
+        return found[0], found[1]
+
+    def _back(
+        self, index: int, window: Window, hidden: Tensor, change: Tensor, slopes: tuple[Tensor, Tensor]
+    ) -> tuple[dict[str, tuple[Tensor, Tensor, Tensor]], tuple[Tensor, Tensor]]:
+        """Through one layer: ({projection: (its input, slopes of both kinds at its output), (tokens, channels), fp32},
+        both at the layer's input; those at the lowest layer's are not asked for)."""
+        got: dict[str, Tensor] = {}
+        given: dict[str, Tensor] = {}
+
+        def seen(name: str, x: Tensor, output: Tensor) -> Tensor:
+            got[name], given[name] = x.detach(), output if output.requires_grad else output.detach().requires_grad_()
+            return given[name]
+
+        hidden = hidden.detach().requires_grad_(index > self.lowest)
+        with present(self.student.layers[index]):  # for autograd, too
+            with torch.enable_grad(), self._changed(change, seen):
+                out = stream_at(self.student, index + 1, *window.inputs, start=index, hidden=hidden)
+            at = [*given.values(), *([hidden] if hidden.requires_grad else [])]
+            both = [torch.autograd.grad(out, at, slope, retain_graph=True) for slope in slopes]
+
+        def rows(value: Tensor) -> Tensor:
+            return value.reshape(len(window.counted) + 1, -1)[:-1][window.counted].float()
+
+        found = {
+            name: (rows(got[name]), rows(slope), rows(own)) for name, slope, own in zip(given, *both, strict=False)
+        }
+        return found, (both[0][-1], both[1][-1])
+
+    def step(self, found: dict[str, Derivatives], features: dict[str, Factors]) -> Callable[[float], Tensor]:
+        """λ → (G ⊗ A + λ Ḡ Ā I)⁻¹ applied to the gradient, of all projections; not finite where these are not.
+
+        Args:
+            features: of A of each projection; filled where `found` has it.
+        """
+        if not all(bool(v.isfinite().all()) for d in found.values() for v in vars(d).values() if v is not None):
+            return lambda strength: torch.full((sum(self.sizes),), math.inf)
+        features |= {name: torch.linalg.eigh(each.a) for name, each in found.items() if each.a is not None}
+        turned: list[tuple[Tensor, Tensor, float, Tensor, Tensor]] = []
+        for name, each in found.items():
+            own_g, basis_g = torch.linalg.eigh(each.g)
+            own_a, basis_a = features[name]
+            mean = float(own_g.mean() * own_a.mean())
+            turned.append((basis_g.T @ each.gradient @ basis_a, own_g[:, None] * own_a, mean, basis_g, basis_a))
+
+        def solved(strength: float) -> Tensor:
+            return torch.cat(
+                [
+                    (left @ (value / (curvature + strength * mean)) @ right.T).flatten()
+                    for value, curvature, mean, left, right in turned
+                ]
+            )
+
+        return solved
+
+
+def _outer(rows: Tensor) -> Tensor:
+    return (rows.T @ rows).double()
+
+
+def _zeros(part: nn.Linear, features: bool) -> Derivatives:
+    rows, columns = part.weight.shape
+    options: dict[str, Any] = {"dtype": torch.float64, "device": part.weight.device}
+    a = torch.zeros(columns, columns, **options) if features else None
+    return Derivatives(torch.zeros(rows, columns, **options), torch.zeros(rows, rows, **options), a)
