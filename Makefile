@@ -23,7 +23,7 @@ prune: env
 	$(BIN)/python prune.py
 
 test: env
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # every method at 27, 24 and 21 of the demo model's 30 layers; text: make compare CALIBRATION=… EVALUATION=…
 CALIBRATION ?= embedded

@@ -16,6 +16,12 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """Files that run the command line take minutes: they come first, so that no worker is left alone with one of them
+    at the end."""
+    items.sort(key=lambda item: not (item.path.stem.endswith("_cli") or item.path.stem == "test_real"))
+
+
 def _config(family: str, **sizes: Any) -> Any:
     import transformers as t
 

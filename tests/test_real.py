@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli import run
+from cli import ENVIRONMENT, run
 
 from come_pl.runs import read_run
 
@@ -39,4 +39,4 @@ ids = tokenizer("Water boils when", return_tensors="pt").input_ids
 cached = model.generate(ids, max_new_tokens=8, do_sample=False)
 assert cached.tolist() == model.generate(ids, max_new_tokens=8, do_sample=False, use_cache=False).tolist()
 """
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=ENVIRONMENT)

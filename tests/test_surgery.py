@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli import ENVIRONMENT
 from conftest import FAMILIES, MIXED_NORMS, tiny_ids, tiny_model
 from torch import Tensor, nn
 
@@ -93,7 +94,8 @@ def test_pruned_models_reload_as_stock_models(tmp_path: Path):
                 probe = {"ids": tiny_ids(), "logits": decoder.model(tiny_ids()).logits}
             torch.save(probe, folder / "probe.pt")
             expected[str(folder)] = parameters
-    done = subprocess.run([sys.executable, "-c", RELOAD, *expected], capture_output=True, text=True, cwd=tmp_path)
+    reload = [sys.executable, "-c", RELOAD, *expected]
+    done = subprocess.run(reload, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
     for folder, found in json.loads(done.stdout.splitlines()[-1]).items():
         layers = 3 if folder.endswith("both") else 4
