@@ -14,6 +14,7 @@ from conftest import save_tiny, tiny_text
 from PIL import Image
 
 from come_pl.cli.compare import compare_main
+from come_pl.cli.prune import prune_main
 from come_pl.report.methods import _apart, plots
 from come_pl.runs import read_run
 from come_pl.workflows import compare as workflow
@@ -121,6 +122,11 @@ def test_table_resume_and_a_method_that_fails(
 def test_a_depth_on_the_way_is_what_a_run_to_it_gives(
     method: str, runs: int, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def here(given: list[str], log: Path) -> str | None:
+        code = exit_code(prune_main, "prune.py", *given, monkeypatch=monkeypatch)
+        return f"exit code {code}" if code else None
+
+    monkeypatch.setattr(workflow, "_start", here)
     both, alone = tmp_path / "both", tmp_path / "alone"
     assert compared(monkeypatch, *arguments(home, "--output", both, "--depths", 4, 5, "--methods", method)) == 0
     assert compared(monkeypatch, *arguments(home, "--output", alone, "--depths", 5, "--methods", method)) == 0

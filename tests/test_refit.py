@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from cli import records, run
+from cli import exit_code, is_one_line, records
 from conftest import SOLVABLE, save_tiny, tiny_ids, tiny_model, tiny_text
 
+from come_pl.cli.prune import prune_main
 from come_pl.decoder import Decoder
 from come_pl.pruning.module import PruningModule
 from come_pl.pruning.refit import Refit, check_family, token_weights
@@ -394,30 +395,37 @@ def test_bad_settings(options: dict[str, Any], match: str) -> None:
         Refit(**options)
 
 
-def test_prune_with_refit_from_the_command_line(tmp_path: Path) -> None:
+def test_prune_with_refit_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     model, text = save_tiny(tmp_path / "m", layers=6), tiny_text(tmp_path / "t.txt")
     common = ["--model.path", model, "--target_layers", 3, "--data.calibration", text, "--data.tokens", 512]
     common += ["--data.seqlen", 32, "--evaluation.data", text, "--evaluation.tokens", 64]
     repair = ["--refit", "both", "--refit_when", "step", "--sweep", "1"]
-    done = run("prune.py", *common, *repair, "--output", tmp_path / "a", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+
+    def pruned(*words: object) -> int:
+        return exit_code(prune_main, "prune.py", *common, *words, monkeypatch=monkeypatch)
+
+    assert pruned(*repair, "--output", "a") == 0
     steps = records(tmp_path / "a")
     assert all("refit_error" in s["scores"] for s in steps)
     assert any(s.get("weights") for s in steps) and list((tmp_path / "a" / "weights").iterdir())
-    first = run("prune.py", *common, *repair, "--output", tmp_path / "b",
-                "--trainer.max_steps", 1, cwd=tmp_path)  # fmt: skip
-    assert first.returncode == 0, first.stderr
-    again = run("prune.py", *common, *repair, "--output", tmp_path / "b", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
+    assert pruned(*repair, "--output", "b", "--trainer.max_steps", 1) == 0
+    assert len(records(tmp_path / "b")) == 1
+    assert pruned(*repair, "--output", "b") == 0
     assert records(tmp_path / "b") == steps
     from safetensors.torch import load_file
 
     one, other = (load_file(tmp_path / f / "model" / "model.safetensors") for f in "ab")
     assert all(torch.equal(v, other[k]) for k, v in one.items())
-    refused = run("prune.py", *common, "--refit", "none", "--sweep", "1", "--output", tmp_path / "c", cwd=tmp_path)
-    assert refused.returncode == 2 and "needs --refit" in refused.stderr
-    nothing = run("prune.py", *common, "--resume", cwd=tmp_path)
-    assert nothing.returncode == 2 and "no run to go on with" in nothing.stderr
+    capsys.readouterr()
+    for words, error in (
+        (("--refit", "none", "--sweep", "1", "--output", "c"), "needs --refit"),
+        (("--refit_last", -1, "--output", "c"), "last -1"),
+        (("--resume",), "no run to go on with"),
+    ):
+        assert pruned(*words) == 2 and is_one_line(capsys.readouterr().err, error)
 
 
 def test_layers_below_a_long_gap_begin_what_it_was_there_for() -> None:
