@@ -239,7 +239,7 @@ def test_killed_and_gone_on_with_from_the_command_line(
     text = tiny_text(tmp_path / "text.txt", words=4000)
     checkpoint = save_tiny(tmp_path / "dense", layers=8)
     words = ["--model.path", checkpoint, "--data.calibration", text, "--evaluation.data", text, "--target_layers", 3]
-    words += ["--data.tokens", 1024, "--data.seqlen", 32, "--evaluation.tokens", 512]
+    words += ["--data.tokens", 1024, "--data.seqlen", 32, "--evaluation.tokens", 512, "--refit_last", 2]
     assert exit_code(prune_main, "prune.py", *words, "--output", "plain", monkeypatch=monkeypatch) == 0
     words += ["--output", "disk", "--offload", "disk", "--cache", "disk"]
     kill_when((tmp_path / "disk" / "record.jsonl").exists, "prune.py", *words, cwd=tmp_path)

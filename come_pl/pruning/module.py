@@ -48,7 +48,8 @@ class PruningModule(CalibrationBatches):
         dtype: auto (the checkpoint's own on an accelerator, float32 on a CPU), float32, bfloat16 or float16.
         offload: Where the decoder layers' matrices are while they are not used: none (in memory), disk (read from the
             checkpoint's safetensors files, one matrix at a time; a pass reads them once a batch), or cpu (host memory,
-            given to the accelerator one matrix at a time; without one the same as none). The result is the same.
+            given to the accelerator one matrix at a time; without one the same as none). The result is the same with
+            the same --refit_last, which is 1 by default here.
         cache: Where the streams between layers are kept for the next pass: ram, disk, or none (every pass runs all
             layers). The result is the same.
         cache_gib: Memory for the streams, of the dense model's and the pruned one's together, in GiB; batches beyond
