@@ -19,8 +19,8 @@ pytestmark = [
 
 
 def test_demo_model_on_embedded_text(tmp_path: Path) -> None:
-    small = ("--data.tokens", 2048, "--evaluation.tokens", 2048, "--target_layers", 28)
-    small += ("--method.windows", 1, "--method.bridge", 1, "--method.gaps", 1)
+    small = ("--data.tokens", 1024, "--data.seqlen", 128, "--evaluation.tokens", 2048, "--target_layers", 28)
+    small += ("--method.windows", 4, "--method.bridge", 4, "--method.gaps", 1, "--refit_last", 2)
     result = run("prune.py", *small, cwd=tmp_path, timeout=500)
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "runs" / "prune" / "latest"
