@@ -26,7 +26,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -49,9 +49,10 @@ STEPS = 2  # a third brought little, and each reads the tokens again
 Factors = tuple[Tensor, Tensor]  # of a positive matrix: eigenvalues, eigenvectors
 
 
-def repaired_head(module: PruningModule, folds: int, layers: int) -> dict[str, Tensor]:
+def repaired_head(module: PruningModule, folds: int, layers: int | Literal["auto"]) -> dict[str, Tensor]:
     """What goes by predictions: the final norm's gains (`final_norm.py`), then this for so many layers. The student has
     the new weights, and they are returned by the names of `surgery.set_weights`."""
+    layers = LAYERS if layers == "auto" else layers
     new, student = {}, module.student
     gains = final_norm.gains(module, folds)
     if gains is not None:

@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from come_pl.decoder import Family
 from come_pl.pruning import channels, last_layers
@@ -99,8 +100,7 @@ class Refit:
         final: Once the target depth is reached, fit the gains of the final norm to what the dense model predicts and to
             the text (`come_pl/pruning/final_norm.py`).
         last: After the gains, and only then, solve for the output projections of so many of the last layers, for the
-            same (`come_pl/pruning/last_layers.py`). 0: none. auto: 8; 1 with --offload, as it holds several times the
-            projections of each.
+            same (`come_pl/pruning/last_layers.py`). 0: none. auto: 8; 1 with --offload, for its memory.
     """
 
     def __init__(
@@ -192,7 +192,8 @@ class Refit:
             lowest = min([next(i for i, group in enumerate(record.groups) if len(group) > 1), *gaps])
             for sweep in range(self.sweeps):
                 module.reach(lowest)
-                for layer in range(lowest, len(module.student)):
+                layers = range(lowest, len(module.student))
+                for layer in tqdm(layers, "repairing", leave=False, unit="layer", disable=module.global_rank > 0):
                     restore = _memory(module, layer, weights)
                     self._layer(module, record, layer, weights, errors, shares, gaps.get(layer, ()))
                     error = errors[layer]
@@ -205,8 +206,7 @@ class Refit:
                 module.changed_from(lowest)
             if self.final:
                 module.reach(len(module.student))
-                layers = last_layers.LAYERS if self.last == "auto" else self.last
-                weights |= last_layers.repaired_head(module, self.folds, layers)
+                weights |= last_layers.repaired_head(module, self.folds, self.last)
         step.weights = weights or None
         step.scores["refit_error"] = errors
         if shares:
