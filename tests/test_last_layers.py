@@ -92,9 +92,8 @@ def test_loss_and_derivatives_are_those_of_whole_models(family: str, layers: int
     module, _, _ = ready(family, Step("drop", [2], scale=scale))
     module.student_model.requires_grad_(False)
     last, draw = last_layers._Last(module, layers), torch.Generator().manual_seed(0)
-    windows = list(last_layers._windows(module, 4, ALL, last.lowest))
-    parts = {which: [w for w in windows if w.unseen == which] for which in (False, True)}
-    assert len(windows) == 8 and all(parts.values()), "both kinds are there"
+    parts = dict(zip((False, True), last_layers._windows(module, 4, ALL, last.lowest), strict=True))
+    assert sum(map(len, parts.values())) == 8 and all(parts.values()), "both kinds are there"
     change = 0.1 * torch.randn(sum(last.sizes), generator=draw)
     losses = {which: last.loss(part, change) for which, part in parts.items()}
     found = last.derivatives(parts[False], change, True)
@@ -226,8 +225,10 @@ def test_neither_batches_nor_what_is_kept_of_streams_matter() -> None:
 def test_about_so_many_tokens_are_looked_at() -> None:
     module, _ = made_wrong("llama", 1)
     for tokens, least, most in ((ALL, 64, 64), (64 * 30 // 4, 8, 26)):
-        windows = list(last_layers._windows(module, 4, tokens, 2))
-        assert least <= len(windows) <= most and {w.unseen for w in windows} == {False, True}
+        seen, unseen = last_layers._windows(module, 4, tokens, 2)
+        assert least <= len(seen) + len(unseen) <= most and seen and unseen
+    assert not all(last_layers._windows(module, 4, 1, 2)), "so few that one kind is left out"
+    assert last_layers.projections(module, 4, 1, 1), "then all are taken"
 
 
 def test_what_cannot_be_solved_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,9 +78,10 @@ def projections(module: PruningModule, folds: int, layers: int, tokens: int = TO
     if not head.predictable(module) or not student.family.linear_outputs:
         return {}
     last = _Last(module, min(layers, len(student)))
-    windows = list(_windows(module, folds, tokens, last.lowest))
-    seen, unseen = ([w for w in windows if w.unseen == which] for which in (False, True))
-    if not all(int(module.sum(torch.tensor(len(part)))) for part in (seen, unseen)):
+    seen, unseen = _windows(module, folds, tokens, last.lowest)
+    if not _everywhere(module, seen, unseen):  # of few windows chance may have left out all of one kind
+        seen, unseen = _windows(module, folds, math.inf, last.lowest)
+    if not _everywhere(module, seen, unseen):
         return {}
     features: dict[str, Factors] = {}  # they hardly change, and are decomposed once
     change = head.newton(
@@ -111,7 +112,6 @@ class Window:
         counted: (seq − 1,), True where a token is predicted.
         at: y and the next token of these tokens.
         size: the root mean square of the stream at these (tokens, 1).
-        unseen: it is not fitted to.
     """
 
     inputs: tuple[Tensor, Tensor | None]
@@ -119,13 +119,20 @@ class Window:
     counted: Tensor
     at: Targets
     size: Tensor
-    unseen: bool
+
+
+def _everywhere(module: PruningModule, *parts: list[Window]) -> bool:
+    """Whether there are windows in each part, of all processes together."""
+    return all(int(module.sum(torch.tensor(len(part)))) for part in parts)
 
 
 @torch.no_grad()  # no inference mode: autograd goes through
-def _windows(module: PruningModule, folds: int, tokens: int, lowest: int) -> Iterator[Window]:
-    """Of this process. Which windows goes by their content, not by the process or the batch that they are in."""
+def _windows(module: PruningModule, folds: int, tokens: float, lowest: int) -> tuple[list[Window], list[Window]]:
+    """(what is fitted to, what is not) of this process. Which windows goes by their content, not by the process or the
+    batch that they are in."""
     stride = max(1, round(module.targets() / tokens))
+    seen: list[Window] = []
+    unseen: list[Window] = []
     for number, batch in enumerate(module.batches):
         picked = (batch["input_ids"].sum(1) // folds % stride == 0) & targets_of(batch["mask"]).any(1)
         rows = picked.nonzero().squeeze(1).tolist()
@@ -141,7 +148,9 @@ def _windows(module: PruningModule, folds: int, tokens: int, lowest: int) -> Ite
             own = hidden[row : row + 1].clone()
             size = own[0, :-1][counted].float().square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt()
             inputs = part["input_ids"], part["attention"]
-            yield Window(inputs, own, counted, Targets(y, following), size, folds_of(batch, folds)[row] == 0)
+            kind = unseen if folds_of(batch, folds)[row] == 0 else seen
+            kind.append(Window(inputs, own, counted, Targets(y, following), size))
+    return seen, unseen
 
 
 @dataclass
