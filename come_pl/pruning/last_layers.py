@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from come_pl.pruning.module import PruningModule
 
 LAYERS = 8
-TOKENS = 32768  # predicted tokens of all processes that are looked at, in whole windows; about as many
+TOKENS = 16384  # predicted tokens of all processes that are looked at, in whole windows; twice as many gave no more
 STRENGTHS = tuple(10.0 ** (k / 2) for k in range(3, 11))  # 32 … 100,000
 STEPS = 2  # a third brought little, and each reads the tokens again
 Factors = tuple[Tensor, Tensor]  # of a positive matrix: eigenvalues, eigenvectors
