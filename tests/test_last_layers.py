@@ -10,15 +10,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SOLVABLE, tiny_model, written_by
+from cli import exit_code
+from conftest import SOLVABLE, save_tiny, tiny_ids, tiny_model, tiny_text, written_by
 from test_refit import ready, with_one_window
 from torch import Tensor, nn
 
+from come_pl.cli.prune import prune_main
 from come_pl.decoder import FAMILIES
+from come_pl.models import load_model
+from come_pl.offload import stored
 from come_pl.pruning import head, last_layers
 from come_pl.pruning.module import PruningModule
 from come_pl.pruning.refit import Refit
 from come_pl.record import Record, Step, replay
+from come_pl.runs import read_run
 from come_pl.surgery import set_weights
 from come_pl.taps import streams
 
@@ -281,6 +286,31 @@ def test_a_run_keeps_it_in_its_record(cache: Any, tmp_path: Path, monkeypatch: p
     early, record, refit = ready("llama", Step("drop", [2]), cache=cache, last=2)
     refit.after(early, record.steps[0], record, last=False)
     assert seen == [(4, 2)], "at the target depth only"
+
+
+def test_matrices_on_disk_are_there_for_autograd(tmp_path: Path) -> None:
+    checkpoint, found = save_tiny(tmp_path / "dense", layers=3), []
+    ids = tiny_ids(windows=8, seq=12)
+    for offload in ("none", "disk"):
+        model, module = load_model(checkpoint, "float32", offload, tmp_path / offload), PruningModule(monitor=1)
+        module.attach(model, Record(3), needs=frozenset(), scratch=tmp_path / f"{offload}-streams")
+        module.training_step({"input_ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}, 0)
+        assert bool(stored(module.student.layers[0])) == (offload == "disk")
+        last = last_layers._Last(module, 2)
+        seen, unseen = last_layers._windows(module, 4, ALL, last.lowest)
+        change = torch.full((sum(last.sizes),), 0.01)
+        derivatives = last.derivatives(seen, change, True)
+        found.append(([vars(each) for each in derivatives.values()], last.loss(unseen, change)))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+def test_how_many_layers_with_offload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tiny_text(tmp_path / "text.txt")
+    words = ["--model.path", save_tiny(tmp_path / "dense"), "--data.calibration", text, "--evaluation.data", text]
+    words += ["--data.tokens", 128, "--data.seqlen", 16, "--evaluation.tokens", 64, "--target_layers", 3]
+    words += ["--method", "shortgpt", "--offload", "disk", "--output", tmp_path / "run"]
+    assert exit_code(prune_main, "prune.py", *words, monkeypatch=monkeypatch) == 0
+    assert read_run(tmp_path / "run")["refit"]["last"] == 1
 
 
 def test_how_many_layers() -> None:
