@@ -122,6 +122,14 @@ def load_config(name: str) -> Any:
     return config
 
 
+def on_meta(config: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """A model of a config without any weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
 def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 

@@ -543,7 +543,8 @@ def test_memory_holds_what_is_run_once(
     tmp_path: Path,
 ) -> None:
     """Bytes of distinct storages in the middle of a run, against a count by hand and against the plan."""
-    from come_pl.distillation.plan import GIB, memory_plan, on_meta
+    from come_pl.distillation.plan import GIB, memory_plan
+    from come_pl.models import on_meta
 
     watched = module()
     held: dict[int, int] = {}

@@ -16,7 +16,7 @@ from test_refit import ready, with_one_window
 from torch import Tensor, nn
 
 from come_pl.cli.prune import prune_main
-from come_pl.decoder import FAMILIES
+from come_pl.decoder import FAMILIES, Geometry
 from come_pl.models import load_model
 from come_pl.offload import stored
 from come_pl.pruning import head, last_layers
@@ -141,7 +141,7 @@ def test_a_step_is_newton_s_with_curvature_in_factors() -> None:
         gradient = torch.randn(rows, columns, generator=draw, dtype=torch.float64)
         found[name] = last_layers.Derivatives(gradient, positive(rows), positive(columns))
     features: dict[str, Any] = {}
-    step = last.step(found, features)
+    step = last.step(dict(found), features)
     again = {name: last_layers.Derivatives(each.gradient, each.g, None) for name, each in found.items()}
     for strength in (0.1, 30.0):
         taken = last.split(step(strength))
@@ -151,7 +151,7 @@ def test_a_step_is_newton_s_with_curvature_in_factors() -> None:
             damped = torch.kron(each.g, each.a) + strength * mean * torch.eye(each.gradient.numel())
             expected = torch.linalg.solve(damped, each.gradient.flatten()).view(each.gradient.shape)
             torch.testing.assert_close(taken[name], expected)
-        torch.testing.assert_close(last.step(again, features)(strength), step(strength))
+        torch.testing.assert_close(last.step(dict(again), features)(strength), step(strength))
     again[name].g *= math.nan
     assert not bool(last.step(again, features)(1.0).isfinite().any()), "an eigenproblem would fail"
 
@@ -161,13 +161,14 @@ def test_newton_takes_the_best_strength_and_no_step_that_is_no_better() -> None:
     start, asked = torch.zeros(1), list[float]()
 
     def loss(x: Tensor) -> float:
+        asked.append(float(x))
         return float((x - 3).square())
 
     def step(x: Tensor) -> Any:
-        return lambda strength: asked.append(strength) or (x - 3) / strength
+        return lambda strength: (x - 3) / strength
 
     found = head.newton(start, loss, step, (0.4, 1.0, 2.0, 4.0, 8.0), 4.0, 1)
-    assert found is not None and float(found) == pytest.approx(3) and 8.0 in asked and len(asked) == len(set(asked))
+    assert found is not None and float(found) == pytest.approx(3) and 3 / 8 in asked and len(asked) == len(set(asked))
     assert float(head.newton(start, loss, step, (2.0, 4.0), 4.0, 2) or 0) == pytest.approx(2.25), "two halves"
     assert head.newton(start, loss, step, (0.2, 0.4), 0.4, 3) is None, "beyond the other side"
     assert head.newton(start, lambda x: 1.0, step, (1.0, 2.0), 1.0, 3) is None, "no better is not better"
@@ -315,8 +316,12 @@ def test_how_many_layers_with_offload(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_how_many_layers() -> None:
     llama = FAMILIES[0]
-    assert Refit("all").resolved("shortgpt", llama).last == last_layers.LAYERS == 8
-    assert Refit("all").resolved("shortgpt", llama, offloaded=True).last == 1
-    assert Refit("all", last=3).resolved("shortgpt", llama, offloaded=True).last == 3
+    assert Refit("all").resolved("shortgpt", llama).last == last_layers.LAYERS == 12
+    assert Refit("all").resolved("shortgpt", llama, 5).last == 5
+    assert Refit("all", last=3).resolved("shortgpt", llama, 5).last == 3
+    smollm2, llama_8b = Geometry(576, 1536, 9, 3, 64), Geometry(4096, 14336, 32, 8, 128)
+    assert last_layers.affordable(smollm2) == 12 and last_layers.affordable(smollm2, offloaded=True) == 1
+    assert last_layers.affordable(llama_8b) == 2, "3.5 GiB each"
+    assert last_layers.affordable(Geometry(16384, 53248, 128, 8, 128)) == 1
     with pytest.raises(ValueError, match="last -1"):
         Refit("all", last=-1)

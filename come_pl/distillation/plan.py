@@ -10,6 +10,7 @@ import torch
 
 from come_pl.decoder import Decoder
 from come_pl.distillation.module import DistillationModule
+from come_pl.models import on_meta
 from come_pl.offload import Offload, matrices
 
 GIB = 2**30
@@ -48,14 +49,6 @@ class Plan:
             *([("host memory, offloaded", self.host)] if self.host else []),
         ]
         return "\n".join([title, *(f"  {name:<38}{value:9.3f} GiB" for name, value in rows)])
-
-
-def on_meta(config: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """A model of a config without any weights."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def held(parameters: Iterable[torch.Tensor]) -> int:

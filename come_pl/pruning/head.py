@@ -76,19 +76,20 @@ def newton(
     for _ in range(steps):
         solved = step(here)
 
-        @functools.cache
-        def tried(index: int, here: Tensor = here, solved: Any = solved) -> tuple[float, Tensor]:
+        def there(index: int, here: Tensor = here, solved: Any = solved) -> Tensor | None:
             change = solved(grid[index])
-            if not bool(change.isfinite().all()):
-                return math.inf, here
-            there = here - rounded_change(change).to(here)
-            return loss(there), there
+            return here - rounded_change(change).to(here) if bool(change.isfinite().all()) else None
 
-        place = walked(lambda index: tried(index)[0], place, len(grid))
-        least, there = tried(place)
-        if not least < best:
+        @functools.cache  # losses alone: points can be large
+        def tried(index: int, there: Any = there) -> float:
+            point = there(index)
+            return math.inf if point is None else loss(point)
+
+        place = walked(tried, place, len(grid))
+        point = there(place)
+        if point is None or not tried(place) < best:
             break
-        best, here = least, there
+        best, here = tried(place), point
     return None if here is start else here
 
 

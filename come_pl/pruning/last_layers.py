@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from come_pl.decoder import Geometry
 from come_pl.offload import present
 from come_pl.pruning import final_norm, head
 from come_pl.pruning.head import Targets
@@ -42,18 +43,27 @@ from come_pl.taps import stream_at, streams, targets_of
 if TYPE_CHECKING:
     from come_pl.pruning.module import PruningModule
 
-LAYERS = 8
+LAYERS = 12  # at most, where it is not said how many
+GIB = 8.0  # that these may take then
 TOKENS = 16384  # predicted tokens of all processes that are looked at, in whole windows; twice as many gave no more
 STRENGTHS = tuple(10.0 ** (k / 2) for k in range(3, 11))  # 32 … 100,000
 STEPS = 2  # a third brought little, and each reads the tokens again
 Factors = tuple[Tensor, Tensor]  # of a positive matrix: eigenvalues, eigenvectors
 
 
+def affordable(geometry: Geometry, offloaded: bool = False) -> int:
+    """How many layers, where that is not said: `LAYERS`, or as many as `GIB` holds, but at least one; one for a model
+    that is not in memory. It goes by the model, not by the machine, which must not change what comes out."""
+    sizes = [(geometry.hidden, width) for width in (geometry.heads * geometry.head_dim, geometry.ffn)]
+    held = sum(8 * (rows * columns + rows**2 + columns**2) + 12 * rows * columns for rows, columns in sizes)
+    return 1 if offloaded else max(1, min(LAYERS, int(GIB * 2**30 / held)))
+
+
 def repaired_head(module: PruningModule, folds: int, layers: int | Literal["auto"]) -> dict[str, Tensor]:
     """What goes by predictions: the final norm's gains (`final_norm.py`), then this for so many layers. The student has
     the new weights, and they are returned by the names of `surgery.set_weights`."""
-    layers = LAYERS if layers == "auto" else layers
     new, student = {}, module.student
+    layers = affordable(student.geometry) if layers == "auto" else layers
     gains = final_norm.gains(module, folds)
     if gains is not None:
         new[f"{FINAL_NORM}.weight"] = gains
@@ -293,25 +303,25 @@ class _Last:
         """λ → (G ⊗ A + λ Ḡ Ā I)⁻¹ applied to the gradient, of all projections; not finite where these are not.
 
         Args:
+            found: of each projection; taken out one by one, so that no more is in memory than before.
             features: of A of each projection; filled where `found` has it.
         """
         if not all(bool(v.isfinite().all()) for d in found.values() for v in vars(d).values() if v is not None):
             return lambda strength: torch.full((sum(self.sizes),), math.inf)
-        features |= {name: torch.linalg.eigh(each.a) for name, each in found.items() if each.a is not None}
-        turned: list[tuple[Tensor, Tensor, float, Tensor, Tensor]] = []
-        for name, each in found.items():
-            own_g, basis_g = torch.linalg.eigh(each.g)
-            own_a, basis_a = features[name]
-            mean = float(own_g.mean() * own_a.mean())
-            turned.append((basis_g.T @ each.gradient @ basis_a, own_g[:, None] * own_a, mean, basis_g, basis_a))
+        turned: list[tuple[Tensor, Factors, Factors]] = []
+        for name in list(found):
+            each = found.pop(name)
+            if each.a is not None:
+                features[name] = tuple(torch.linalg.eigh(each.a))
+            g, a = tuple(torch.linalg.eigh(each.g)), features[name]
+            turned.append((g[1].T @ each.gradient @ a[1], g, a))
 
         def solved(strength: float) -> Tensor:
-            return torch.cat(
-                [
-                    (left @ (value / (curvature + strength * mean)) @ right.T).flatten()
-                    for value, curvature, mean, left, right in turned
-                ]
-            )
+            changes = []
+            for value, (own_g, basis_g), (own_a, basis_a) in turned:
+                curvature = own_g[:, None] * own_a + strength * own_g.mean() * own_a.mean()
+                changes.append((basis_g @ (value / curvature) @ basis_a.T).flatten())
+            return torch.cat(changes)
 
         return solved
 

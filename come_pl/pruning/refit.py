@@ -100,7 +100,7 @@ class Refit:
         final: Once the target depth is reached, fit the gains of the final norm to what the dense model predicts and to
             the text (`come_pl/pruning/final_norm.py`).
         last: After the gains, and only then, solve for the output projections of so many of the last layers, for the
-            same (`come_pl/pruning/last_layers.py`). 0: none. auto: 8; 1 with --offload, for its memory.
+            same (`come_pl/pruning/last_layers.py`). 0: none. auto: at most 12, what 8 GiB hold; 1 with --offload.
     """
 
     def __init__(
@@ -131,8 +131,8 @@ class Refit:
         self.ahead, self.channels, self.final, self.last = ahead, channels, final, last
         self._guess: dict[str, float] = {}
 
-    def resolved(self, method: str, family: Family, offloaded: bool = False) -> Refit:
-        """What `best` and `auto` mean for a method and a family; sweeps alone ask for refits."""
+    def resolved(self, method: str, family: Family, affordable: int = last_layers.LAYERS) -> Refit:
+        """What `best` and `auto` mean for a method and a family (`affordable`: for `last`); sweeps ask for refits."""
         parts, when, last = self.parts, self.when, self.last
         if parts == "best":
             parts = "all" if family.linear_outputs else "none"
@@ -143,7 +143,7 @@ class Refit:
         if when == "auto":
             when = "step" if method == "come" else "end"
         if last == "auto":
-            last = 1 if offloaded else last_layers.LAYERS
+            last = affordable
         return Refit(**(self.settings | {"parts": parts, "when": when, "last": last}))
 
     @property

@@ -18,6 +18,7 @@ from come_pl import models
 from come_pl.data import CalibrationData
 from come_pl.decoder import Decoder, family_of
 from come_pl.offload import move
+from come_pl.pruning.last_layers import affordable
 from come_pl.pruning.loop import ProgressivePruning, PruningBar, log_step, retires
 from come_pl.pruning.methods import find
 from come_pl.pruning.methods.shortest_path import BRIDGE
@@ -64,7 +65,8 @@ def prune(
     evaluation = evaluation or EvaluationText()
     name, method_class = find(method)
     config = models.load_config(module.path).get_text_config(decoder=True)
-    refit = (refit or Refit("none")).resolved(name, family_of(config), module.offload != "none")
+    last = affordable(Decoder(models.on_meta(config)).geometry, module.offload != "none")
+    refit = (refit or Refit("none")).resolved(name, family_of(config), last)
     options = _selecting(dict(options), refit)
     chosen = method_class(**options)
     target = target_depth(config.num_hidden_layers, target_layers, sparsity)
