@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from come_pl.decoder import Family
 from come_pl.pruning.methods.base import Decision, NoSite
@@ -46,6 +47,7 @@ from come_pl.record import Record
 from come_pl.taps import layer_run, losses_and_divergences, stream_at
 
 Gap = tuple[int, int]  # the first layer that is dropped, and the first above it that stays
+Costs = tuple[list[float | None], list[float | None], list[float | None]]  # see `ShortestPath.plan`
 EVERY = 4  # positions of a window whose logits are looked at: the head is dear, and neighbours say much the same
 MASSIVE = 100.0  # mean square of a token's stream, in units of the window's median, from which it is massive
 BRIDGE = 16  # windows that Δ is solved on
@@ -60,11 +62,12 @@ class BridgedModel:
         module: whose student is the dense model still, with streams of its first windows.
         windows: calibration windows of all processes that divergences are measured on.
         bridge: windows after those that Δ is solved on; where there are none, on those measured. 0: no Δ.
+        bar: moved by one for each set of gaps that is measured.
     """
 
     @torch.inference_mode()
-    def __init__(self, module: PruningModule, windows: int, bridge: int):
-        self.module, self.depth, self.repaired = module, len(module.student), bridge > 0
+    def __init__(self, module: PruningModule, windows: int, bridge: int, bar: tqdm | None = None):
+        self.module, self.depth, self.repaired, self.bar = module, len(module.student), bridge > 0, bar
         share = module.monitored(windows)
         self.measured: list[Look] = list(share.items())
         self.solved: list[Look] = []
@@ -105,6 +108,8 @@ class BridgedModel:
         key = tuple(gaps)
         if key not in self._known:
             self._known[key] = self._divergence(key)
+            if self.bar is not None:
+                self.bar.update()
         return self._known[key]
 
     def _divergence(self, gaps: tuple[Gap, ...]) -> float:
@@ -231,14 +236,15 @@ class ShortestPath(Planned):
         decision.step.scores |= {"repaired_divergence": [alone[layer] for layer in alive]} | more
         return decision
 
-    def plan(
-        self, module: PruningModule, remove: int
-    ) -> tuple[list[float | None], list[float | None], list[float | None]]:
+    def plan(self, module: PruningModule, remove: int) -> Costs:
         """(cost of the gap that each dense layer is dropped in, None for those that stay; cost of each alone, None for
         layer 0; divergence of the best set of each number of gaps, all of them repaired)."""
         depth = len(module.student)
         self.check(module.student.family, depth, remove)
-        model = BridgedModel(module, self.windows, self.bridge)
+        with tqdm(desc="choosing layers", unit="gap", leave=False, disable=module.global_rank > 0) as bar:
+            return self._plan(BridgedModel(module, self.windows, self.bridge, bar), depth, remove)
+
+    def _plan(self, model: BridgedModel, depth: int, remove: int) -> Costs:
         costs = {(layer, layer + 1): model.divergence([(layer, layer + 1)]) for layer in range(1, depth)}
 
         def estimate(gap: Gap) -> float:
