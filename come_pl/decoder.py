@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from come_pl.compiled import compiled
+
 
 class UnsupportedModel(ValueError):
     """The model's architecture is not one that this package knows, or lacks a part that it needs."""
@@ -158,13 +160,14 @@ class Decoder:
 
     Args:
         model: a `transformers` causal LM of one of `FAMILIES`.
+        compiled: `run` its layers through torch.compile where that is possible (`come_pl/compiled.py`).
 
     Raises:
         UnsupportedModel: unknown family, or a layer without one of the parts that the family names.
     """
 
-    def __init__(self, model: Any):
-        self.model = model
+    def __init__(self, model: Any, compiled: bool = False):
+        self.model, self.compiled = model, compiled
         self.config = model.config.get_text_config(decoder=True)
         self.family = family_of(model.config)
         base = model.get_decoder()
@@ -259,8 +262,11 @@ class Decoder:
 
         `arrangement` is that of `arranged`. No logits, no KV cache.
         """
-        with self.arranged(**arrangement):
+        with self.arranged(**arrangement), compiled(self._that_run() if self.compiled else ()):
             return self.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+    def _that_run(self) -> list[nn.Module]:
+        return [layer for layer in self.layers if not isinstance(layer, _Skip)]
 
     def mlp_channels(self, x: Tensor, inputs: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
         """(…, channels): what an MLP that reads x (…, hidden) with these weights (channels, hidden) and biases gives

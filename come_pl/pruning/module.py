@@ -54,6 +54,8 @@ class PruningModule(CalibrationBatches):
             layers). The result is the same.
         cache_gib: Memory for the streams, of the dense model's and the pruned one's together, in GiB; batches beyond
             it are kept on disk. Without it, all are in memory. For cache ram.
+        compile: Run decoder layers through torch.compile wherever nothing is read off inside of them. The first pass
+            waits for the compiler; results may differ in their last digits.
         monitor: Number of calibration windows on which loss and KL(teacher || student) are measured after each step;
             of several processes each has the same share, rounded up.
     """
@@ -66,6 +68,7 @@ class PruningModule(CalibrationBatches):
         monitor: int = 4,
         offload: Offload = "none",
         cache_gib: float | None = None,
+        compile: bool = False,
     ):
         super().__init__()
         if monitor < 1:
@@ -75,6 +78,7 @@ class PruningModule(CalibrationBatches):
         self.save_hyperparameters()
         self.automatic_optimization = False
         self.path, self.dtype_name, self.cache, self.monitor_windows = path, dtype, cache, monitor
+        self.compile_layers = compile
         self.offload: Offload = offload
         self.cache_gib = 0.0 if cache == "disk" else math.inf if cache_gib is None else cache_gib
         self.needs: frozenset[str] = frozenset()
@@ -95,7 +99,7 @@ class PruningModule(CalibrationBatches):
         files = Scratch(scratch)
         self.teacher_model, self.record = model.requires_grad_(False), record
         self.student_model = records.replay(record, model) if record.steps else share(model)
-        self.teacher, self.student = Decoder(self.teacher_model), Decoder(self.student_model)
+        self.teacher, self.student = (Decoder(m, self.compile_layers) for m in (self.teacher_model, self.student_model))
         self.needs, self.span = frozenset(needs), span
         self.hold()
         self._streams = Streams(self.cache_gib, files)

@@ -77,7 +77,11 @@ def prune(
     windows = data.attach(tokenizer, bos=bos, seed=seed)
     texts = evaluation_windows(evaluation, tokenizer, bos, data.seqlen) if main else {}
     identity = {
-        "model": {"path": module.path, "dtype": module.dtype_name},
+        "model": {
+            "path": module.path,
+            "dtype": module.dtype_name,
+            **({"compile": True} if module.compile_layers else {}),
+        },
         "method": {"name": name, **options},
         **({"refit": refit.settings} if refit.on else {}),
         "target_layers": target,
