@@ -55,16 +55,23 @@ def curve(output: Path) -> list[dict[str, float]]:
         return [{k: float(v) for k, v in row.items() if k != "seconds"} for row in csv.DictReader(opened)]
 
 
-def trained(home: Path, output: Path, *more: object, batch: int = 4, timeout: float = 300) -> dict[str, Any]:
-    done = run("train.py", *flags(output, *more, batch=batch), cwd=home, timeout=timeout)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(output / "model" / "model.safetensors")
-
-
 def started(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     """`train.py` in this process, which is faster; its exit code."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     return exit_code(train_main, "train.py", *words, monkeypatch=monkeypatch)
+
+
+def trained(home: Path, output: Path, *more: object, batch: int = 4) -> dict[str, Any]:
+    """What a run ends with: of several devices in processes of their own, of one in this process."""
+    words = flags(output, *more, batch=batch)
+    if "--trainer.devices" in more:
+        done = run("train.py", *words, cwd=home)
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.chdir(home)
+            assert started(monkeypatch, *words) == 0
+    return load_file(output / "model" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -103,14 +110,14 @@ def test_kill_and_the_same_command_again(
     assert told == expected
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_give_what_one_gives(strategy: str, home: Path, single: Path) -> None:
-    more = ("--trainer.devices", 2, "--trainer.strategy", strategy)
-    weights = trained(home, home / strategy, *more, batch=2)
+def same_curve(folder: Path, other: Path) -> None:
+    assert [r["layer 1"] for r in curve(folder)] == pytest.approx([r["layer 1"] for r in curve(other)], rel=1e-4)
+
+
+def test_two_shards_give_what_one_process_gives(home: Path, single: Path) -> None:
+    weights = trained(home, home / "fsdp", "--trainer.devices", 2, "--trainer.strategy", "fsdp", batch=2)
     same(weights, single, 1e-5)
-    assert [r["layer 1"] for r in curve(home / strategy)] == pytest.approx(
-        [r["layer 1"] for r in curve(single)], rel=1e-4
-    )
+    same_curve(home / "fsdp", single)
 
 
 RATES = """
@@ -131,7 +138,9 @@ train.train_main()
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"])
-def test_each_layer_keeps_its_rate(strategy: str, home: Path, single: Path, tmp_path: Path) -> None:
+def test_each_layer_keeps_its_rate_and_two_processes_give_what_one_gives(
+    strategy: str, home: Path, single: Path, tmp_path: Path
+) -> None:
     if strategy.startswith("deepspeed") and not importlib.util.find_spec("deepspeed"):
         pytest.skip("deepspeed is not installed: pip install 'come_pl[deepspeed]'")
     from come_pl.cli.common import normalise
@@ -154,6 +163,7 @@ def test_each_layer_keeps_its_rate(strategy: str, home: Path, single: Path, tmp_
         expected = {"layer 1": 1e-3 * share(step), "layer 3": 1e-4 * share(step)}
         assert rates[step] == pytest.approx(expected, abs=1e-12), step
     same(load_file(output / "model" / "model.safetensors"), single, 2e-5)
+    same_curve(output, single)
     counts = [json.loads((folder / "run.json").read_text())["trained_parameters"] for folder in (output, single)]
     assert counts[0] == counts[1]
 
@@ -168,7 +178,7 @@ def test_each_layer_keeps_its_rate(strategy: str, home: Path, single: Path, tmp_
     ],
 )
 def test_methods_that_run_the_head_where_parameters_are_in_parts(
-    strategy: str, precision: str, more: tuple[str, ...], home: Path, monkeypatch: pytest.MonkeyPatch
+    strategy: str, precision: str, more: tuple[str, ...], home: Path
 ) -> None:
     """What two processes save is what one saves; in bf16, what one saves up to bf16's own steps."""
     if strategy.startswith("deepspeed"):
@@ -177,8 +187,7 @@ def test_methods_that_run_the_head_where_parameters_are_in_parts(
         pytest.importorskip("peft")
     name = "_".join([strategy, *more]).replace("--", "")
     more = (*more, "--model.lr", "1e-3", "--trainer.precision", precision, "--samples", "false")
-    monkeypatch.chdir(home)
-    assert started(monkeypatch, *flags(home / f"one_{name}", *more)) == 0
+    trained(home, home / f"one_{name}", *more)
     parts = ("--trainer.devices", 2, "--trainer.strategy", strategy)
     weights = trained(home, home / name, *more, *parts, batch=2)
     # Adam's first steps have the size of the rate, whatever the size of the gradient: bf16 flips the sign of some
@@ -221,7 +230,9 @@ def test_a_build_that_was_killed_stops_nobody(tmp_path: Path) -> None:
     assert list(stale.parent.glob("*.so"))
 
 
-def test_deepspeed_resumes(home: Path, single: Path) -> None:
+def test_deepspeed_resumes(
+    home: Path, single: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     pytest.importorskip("deepspeed")
     output = home / "deepspeed_cut"
     more = ("--trainer.devices", 2, "--trainer.strategy", "deepspeed_stage_2")
@@ -231,8 +242,9 @@ def test_deepspeed_resumes(home: Path, single: Path) -> None:
         return bool(found) and (output / "curves.csv").is_file() and len(curve(output)) >= 9
 
     kill_when(halfway, "train.py", *flags(output, *more, batch=2), cwd=home)
-    other = run("train.py", *flags(output, *more[:2], "--trainer.strategy", "ddp", batch=2), cwd=home)
-    assert other.returncode == 2 and "of DeepSpeed stage 2 on 2 processes" in other.stderr, other.stderr
+    monkeypatch.chdir(home)
+    assert started(monkeypatch, *flags(output, *more[:2], "--trainer.strategy", "ddp", batch=2)) == 2
+    assert "of DeepSpeed stage 2 on 2 processes" in capsys.readouterr().err
     same(trained(home, output, *more, batch=2), single, 2e-5)
 
 
@@ -270,22 +282,25 @@ def test_errors_are_one_line(
     assert "perplexity" not in error  # said before anything is measured
 
 
-def test_no_pruned_run_yet(tmp_path: Path) -> None:
-    done = run("train.py", cwd=tmp_path)
-    assert done.returncode == 2 and "run `python prune.py` first" in done.stderr
+def test_no_pruned_run_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert started(monkeypatch) == 2
+    assert "run `python prune.py` first" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.stem)
-def test_every_config_starts_with_its_command_and_gives_a_plan(file: Path, home: Path) -> None:
+def test_every_config_starts_with_its_command_and_gives_a_plan(
+    file: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     first = file.read_text().splitlines()[0]
     words = first.removeprefix("# python train.py ").split()
     assert first.startswith("# python train.py --distill "), first
     arguments = ["run" if w == "RUN_FOLDER" else w.replace("configs/", f"{ROOT}/configs/") for w in words]
     if file.stem.startswith("distill"):
         arguments += ["--config", str(file)]
-    done = run("train.py", *arguments, "--student", "run", "--plan", cwd=home)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "total per device" in done.stdout and not (home / "runs").exists()
+    monkeypatch.chdir(home)
+    assert started(monkeypatch, *arguments, "--student", "run", "--plan") == 0, capsys.readouterr().err
+    assert "total per device" in capsys.readouterr().out and not (home / "runs").exists()
 
 
 def test_packaged_defaults_are_those_of_configs() -> None:
