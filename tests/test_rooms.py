@@ -10,7 +10,8 @@ from cli import ROOT
 
 ROOMS = (
     "memory",
-    *("tensors", "offload", "compiled", "decoder", "surgery", "taps", "record", "runs", "text", "models", "windows", "data"),
+    *("tensors", "offload", "compiled", "decoder", "surgery", "taps", "record", "runs"),
+    *("text", "models", "windows", "data"),
     *("pruning", "distillation", "evaluation", "report", "workflows", "cli"),
     "compare",  # a door: `python -m come_pl.compare`
 )
