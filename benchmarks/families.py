@@ -28,6 +28,7 @@ from come_pl.text import iter_text
 from come_pl.workflows.tables import markdown, write_csv
 
 RUNS = {"dropped": ["--method", "shortgpt", "--refit", "none"], "default": []}
+BATCH = 4  # windows a step: few tokens are best spent on many steps
 COLUMNS = ["family", "parameters", "layers", "target", "trained_tokens", "training_seconds", "dense"]
 COLUMNS += [name + what for name in RUNS for what in ("", "_times_dense", "_seconds")]
 
@@ -74,28 +75,28 @@ def byte_pairs(source: str, vocabulary: int) -> Any:
 def train(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> int:
     """Tokens that it was trained on, those of the source again and again."""
     data = DistillationData(
-        arguments.source, tokens=arguments.tokens, seqlen=arguments.seqlen, batch_size=8, validation_tokens=2048
+        arguments.source, tokens=arguments.tokens, seqlen=arguments.seqlen, batch_size=BATCH, validation_tokens=2048
     )
     data.attach(tokenizer, bos=family_of(model.config).needs_bos, seed=arguments.seed)
     assert data.windows is not None
     ids, order = data.windows.input_ids, torch.Generator().manual_seed(arguments.seed)
-    steps = arguments.tokens // (8 * arguments.seqlen)
+    steps = arguments.tokens // (BATCH * arguments.seqlen)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, arguments.lr, total_steps=max(steps, 2), pct_start=0.05)
     model.train()
-    rows = torch.cat([torch.randperm(len(ids), generator=order) for _ in range(steps * 8 // len(ids) + 1)])
+    rows = torch.cat([torch.randperm(len(ids), generator=order) for _ in range(steps * BATCH // len(ids) + 1)])
     for step in range(steps):
-        batch: Tensor = ids[rows[8 * step : 8 * step + 8]]
+        batch: Tensor = ids[rows[BATCH * step : BATCH * (step + 1)]]
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        if step % 50 == 0:
+        if step % 100 == 0:
             print(f"step {step} of {steps}: {loss.item():.3f} nats", flush=True)
     model.eval()
-    return steps * 8 * arguments.seqlen
+    return steps * BATCH * arguments.seqlen
 
 
 def trained(family: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -126,7 +127,7 @@ def pruned(family: str, name: str, arguments: argparse.Namespace) -> dict[str, A
     """
     folder = arguments.output / family / name
     words = ["--model.path", arguments.output / family / "model", "--output", folder, "--samples", "false"]
-    words += ["--target_layers", arguments.target, "--data.calibration", arguments.source, "--data.seqlen", 256]
+    words += ["--target_layers", arguments.target, "--data.calibration", arguments.source, "--data.seqlen", 128]
     words += ["--data.tokens", arguments.calibration_tokens, "--evaluation.data", arguments.evaluation]
     words += ["--evaluation.tokens", arguments.evaluation_tokens, *RUNS[name]]
     code = call("prune.py", *words)
@@ -153,12 +154,12 @@ def read(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--source", default="embedded", help="text to train and to calibrate on")
     parser.add_argument("--evaluation", default="embedded", help="held-out text")
     parser.add_argument("--tokens", type=int, default=1048576, help="to train each model on")
-    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--seqlen", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--target", type=int, default=8, help="layers to prune to")
     parser.add_argument("--hidden", type=int, default=128, help="width, a multiple of 64")
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--calibration_tokens", type=int, default=16384)
     parser.add_argument("--evaluation_tokens", type=int, default=16384)
     parser.add_argument("--output", type=Path, default=Path("runs/families"))
