@@ -37,8 +37,8 @@ compare: env
 	$(BIN)/python -m come_pl.compare --depths 27 24 21 --calibration $(CALIBRATION) --evaluation $(EVALUATION)
 
 # what each part of the repair brings, beside repaired drops
-ABLATION := concat_merge come:refit=none,norm=dominant come:refit=none,norm=fold come:refit=none come:select=span \
-	come:select=span,refit=both come:select=span,sweep=1 come come:select=loss \
+ABLATION := concat_merge come:refit=none,norm=dominant come:refit=none,norm=fold come:refit=none \
+	come come:refit=both come:sweep=1 come:select=local come:select=loss \
 	shortgpt shortgpt:refit=down shortgpt:refit=all prune_comp prune_comp:refit=down prune_comp:refit=all \
 	prune_comp:refit=all,final=false prune_comp:refit=all,ahead=0,final=false prune_comp:refit=all,weighting=uniform \
 	sleb sleb:refit=down replaceme shortest_path shortest_path:refit=all shortest_path:refit=all,last=0 \

@@ -222,15 +222,12 @@ def costs(record: Record) -> dict[str, float]:
 
 
 def _selecting(options: dict[str, Any], refit: Refit) -> dict[str, Any]:
-    """The options with `select: auto` and `bridge` without a number spelt out. Raises ValueError: a choice by refitted
-    layers without refits."""
+    """The options with `bridge` without a number spelt out. Raises ValueError: a choice by refitted layers without
+    refits."""
     if "bridge" in options and options["bridge"] is None:
         options["bridge"] = BRIDGE if refit.on else 0
     select = options.get("select", "span")
-    if select == "auto":
-        plain = not refit.on or options.get("merge_item", 2) != 2
-        options["select"] = "span" if plain else "local"
-    elif select != "span" and not refit.on:
+    if select != "span" and not refit.on:
         raise ValueError(f"select {select} compares refitted layers: give --refit down, both or all")
     return options
 

@@ -107,7 +107,7 @@ def pick(shape: Geometry, scores: Sequence[tuple[Tensor, Tensor]], ratio: Sequen
     return [Kept(top(s[0], h), top(s[1], n)) for s, h, n in zip(scores, heads, neurons, strict=True)]
 
 
-Select = Literal["auto", "span", "local", "loss"]
+Select = Literal["span", "local", "loss"]
 
 
 class CoMe(Method):
@@ -125,7 +125,6 @@ class CoMe(Method):
         span_tokens: Tokens that the span distance is taken over: last (of each window) or all.
         select: How site and ratio are chosen: span (by the formulas above), or by what they cost once refitted: local
             (error of the new layer), loss (calibration loss of the best few by that). Pairs only; they need --refit.
-            auto is local where layers are refitted, span elsewhere.
         race: Stop measuring sites that are clearly worse than the best after a part of the text, and what lies above
             the best; the same choice unless chance is against it. On one process, without repair after each step.
     """
@@ -141,15 +140,15 @@ class CoMe(Method):
         wo_repeat: bool | None = None,
         skip_method: Literal["bi", "sleb", "mka"] = "bi",
         span_tokens: Literal["last", "all"] = "all",
-        select: Select = "auto",
+        select: Select = "span",
         race: bool = False,
     ):
-        if race and (span_tokens != "all" or skip_method != "bi" or select in ("local", "loss")):
+        if race and (span_tokens != "all" or skip_method != "bi" or select != "span"):
             raise ValueError(
                 "race: sites are raced by the span distance of all tokens; it needs select span, "
                 "span_tokens all, skip_method bi"
             )
-        if select in ("local", "loss") and merge_item != 2:
+        if select != "span" and merge_item != 2:
             raise ValueError(f"merge_item {merge_item}: select {select} chooses among pairs; give merge_item 2")
         if merge_item < 2:
             raise ValueError(f"merge_item {merge_item}: at least 2 layers are merged in a step")
@@ -160,7 +159,7 @@ class CoMe(Method):
         self.p, self.rho, self.norm, self.merge_item, self.wo_repeat = p, rho, norm, merge_item, wo_repeat
         self.skip_method, self.span_tokens = skip_method, span_tokens
         self.span, self.select, self.progressive = merge_item, select, merge_item == 2
-        self.spares_teacher = select not in ("local", "loss")
+        self.spares_teacher = select == "span"
         self.race_sites = race
         self.selector = Selector(loss=select == "loss", norm=norm)
 
@@ -177,7 +176,7 @@ class CoMe(Method):
                 "merging again (--method.wo_repeat false) or give a larger --target_layers"
             )
         influence = statistics["block_influence"].tolist()
-        if self.select in ("local", "loss"):
+        if self.select != "span":
             best, errors = self.selector.choose(module, record, scores, lambda a, b: keep(student, a, b, statistics))
             step = Step("merge", best.layers, best.ratio, best.kept, best.norm)
             step.scores = {"block_influence": influence, self.score_name: scores, "refitted_error": errors}  # type: ignore[dict-item]
