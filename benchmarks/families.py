@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.recover import call
 from come_pl.data import DistillationData
 from come_pl.decoder import family_of
+from come_pl.record import write_atomically
 from come_pl.text import iter_text
-from come_pl.workflows.tables import markdown, write_csv
+from come_pl.workflows.tables import markdown, write_csv, write_json
 
 RUNS = {"dropped": ["--method", "shortgpt", "--refit", "none"], "default": []}
 BATCH = 4  # windows a step: few tokens are best spent on many steps
+TRAINING = ("source", "tokens", "seqlen", "vocabulary", "layers", "hidden", "lr", "seed")  # what a model depends on
 COLUMNS = ["family", "parameters", "layers", "target", "trained_tokens", "training_seconds", "dense"]
 COLUMNS += [name + what for name in RUNS for what in ("", "_times_dense", "_seconds")]
 
@@ -81,12 +82,12 @@ def train(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> int:
     assert data.windows is not None
     ids, order = data.windows.input_ids, torch.Generator().manual_seed(arguments.seed)
     steps = arguments.tokens // (BATCH * arguments.seqlen)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), arguments.lr, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, arguments.lr, total_steps=max(steps, 2), pct_start=0.05)
     model.train()
     rows = torch.cat([torch.randperm(len(ids), generator=order) for _ in range(steps * BATCH // len(ids) + 1)])
     for step in range(steps):
-        batch: Tensor = ids[rows[BATCH * step : BATCH * (step + 1)]]
+        batch = ids[rows[BATCH * step : BATCH * (step + 1)]]
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -95,16 +96,20 @@ def train(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> int:
         schedule.step()
         if step % 100 == 0:
             print(f"step {step} of {steps}: {loss.item():.3f} nats", flush=True)
-    model.eval()
     return steps * BATCH * arguments.seqlen
 
 
 def trained(family: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What OUTPUT/FAMILY/trained.json says; without it, a model is trained first."""
+    """What OUTPUT/FAMILY/trained.json says; without it, a model is trained first.
+
+    Raises:
+        SystemExit: a model of other settings is there.
+    """
     from transformers import AutoModelForCausalLM
 
     folder = arguments.output / family
     told = folder / "trained.json"
+    settings = {name: getattr(arguments, name) for name in TRAINING}
     if not told.is_file():
         tokenizer = byte_pairs(arguments.source, arguments.vocabulary)
         torch.manual_seed(arguments.seed)
@@ -115,8 +120,12 @@ def trained(family: str, arguments: argparse.Namespace) -> dict[str, Any]:
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
         found = {"parameters": sum(p.numel() for p in model.parameters()), "trained_tokens": tokens}
-        told.write_text(json.dumps(found | {"training_seconds": round(time.monotonic() - began)}))
-    return json.loads(told.read_text())
+        found |= {"training_seconds": round(time.monotonic() - began), "settings": settings}
+        write_json(told, found)
+    found = json.loads(told.read_text())
+    if found.pop("settings") != settings:
+        raise SystemExit(f"{folder} holds a model of other settings; give another --output")
+    return found
 
 
 def pruned(family: str, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -127,7 +136,14 @@ def pruned(family: str, name: str, arguments: argparse.Namespace) -> dict[str, A
     """
     folder = arguments.output / family / name
     words = ["--model.path", arguments.output / family / "model", "--output", folder, "--samples", "false"]
-    words += ["--target_layers", arguments.target, "--data.calibration", arguments.source, "--data.seqlen", 128]
+    words += [
+        "--target_layers",
+        arguments.target,
+        "--data.calibration",
+        arguments.source,
+        "--data.seqlen",
+        arguments.seqlen,
+    ]
     words += ["--data.tokens", arguments.calibration_tokens, "--evaluation.data", arguments.evaluation]
     words += ["--evaluation.tokens", arguments.evaluation_tokens, *RUNS[name]]
     code = call("prune.py", *words)
@@ -177,7 +193,7 @@ def main() -> None:
         rows.append(row(family, arguments))
         write_csv(arguments.output / "families.csv", COLUMNS, rows)
         table = markdown(COLUMNS, [[r.get(name, "") for name in COLUMNS] for r in rows])
-        (arguments.output / "families.md").write_text(table)
+        write_atomically(arguments.output / "families.md", table)
     print(table)
 
 

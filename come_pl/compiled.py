@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from come_pl.errors import first_line
+
 BACKEND = "inductor"
 
 
@@ -31,8 +33,7 @@ def _forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     try:
         return _graph(type(layer).forward, BACKEND)(layer, *args, **kwargs)
     except torch._dynamo.exc.TorchDynamoException as error:
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CompileError(f"torch.compile failed ({line}); leave out --model.compile") from error
+        raise CompileError(f"torch.compile failed ({first_line(error)}); leave out --model.compile") from error
 
 
 def _looked_into(layer: nn.Module) -> bool:

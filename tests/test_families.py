@@ -34,6 +34,10 @@ def test_models_are_trained_and_pruned_once(tmp_path: Path, monkeypatch: pytest.
     assert made.stat().st_mtime_ns == before
     assert list(csv.DictReader((tmp_path / "out" / "families.csv").read_text().splitlines())) == [row]
     assert "| opt |" in (tmp_path / "out" / "families.md").read_text()
+    other = [*words, "--lr", "1e-3"]
+    monkeypatch.setattr("sys.argv", ["families", *map(str, other)])
+    with pytest.raises(SystemExit, match="holds a model of other settings"):
+        families.main()
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)

@@ -309,6 +309,7 @@ def test_what_runs_where_no_method_is_given(
     assert exit_code(prune_main, "prune.py", *arguments, monkeypatch=monkeypatch) == 0
     info = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (info["method"]["name"], info["refit"]["parts"]) == (method, parts)
+    assert info["method"].get("select", "span") == "span"
 
 
 def test_the_printed_default_is_the_default(

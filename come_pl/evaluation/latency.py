@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from come_pl.decoder import Decoder
+from come_pl.errors import first_line
 from come_pl.record import Meter
 
 
@@ -103,8 +104,8 @@ def take_turns(
                 reading, writing = _turn(callables[name], tokens, load.new_tokens)
             except Exception as error:
                 if compiled and turn == -warmup:  # no compiler on this machine, a graph that it cannot take
-                    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-                    raise LatencyError(f"torch.compile failed ({line}); measure without --compile") from error
+                    why = first_line(error)
+                    raise LatencyError(f"torch.compile failed ({why}); measure without --compile") from error
                 raise
             if turn >= 0 or meter.device is None:  # the memory of a process grows once, in the first turn
                 found[name].peak_gib = max(found[name].peak_gib, weights[name] + meter.peak_gib - before)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from come_pl import models
+from come_pl.errors import first_line
 from come_pl.evaluation.samples import NEW_TOKENS, PROMPTS, continuation
 from come_pl.report import write_report
 from come_pl.report.page import SAMPLES
@@ -99,5 +100,5 @@ def finish(folder: Path, speak: Callable[[], None] | None = None) -> None:
             if do is not None:
                 do()
         except Exception as error:
-            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            line = first_line(error)
             print(f"warning: no {what} ({line}); `come-report {folder}{again}` tries again", file=sys.stderr)
