@@ -138,25 +138,29 @@ def test_a_repaired_layer_has_channels_of_its_group_and_replays(sweep: int) -> N
         assert torch.equal(value, again.state_dict()[name]), name
 
 
-def test_a_second_sweep_starts_from_the_dense_channels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mixture is not led back as if it were one layer's."""
-    seen: list[bool] = []
-    reads = Refit._reads
+@pytest.mark.parametrize("source", ["own", "group"])
+def test_a_second_sweep_starts_from_what_the_dense_layers_read(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mixture is not led back as if it were one layer's, and nothing that is led back already is led again."""
+    seen: list[tuple[int, str]] = []
+    solved = Refit.input_equations
 
-    def watched(self: Refit, module: PruningModule, index: int, source: int, paths: Any, weights: Any) -> None:
-        if index == 1 and "mlp" in paths[0]:
-            layer, dense = module.student.layers[index], module.teacher.layers[source]
-            seen.append(
-                all(
-                    torch.equal(module.student.part(layer, p).weight, module.teacher.part(dense, p).weight)
-                    for p in paths
+    def watched(self: Refit, module: PruningModule, index: int, layer: int, path: str, reads: Any = None) -> Any:
+        if reads is None:
+            read = module.student.family.mlp_inputs if "mlp" in path else ("self_attn.q_proj", "self_attn.v_proj")
+            for name in read:
+                own, dense = module.student.layers[index], module.teacher.layers[layer]
+                weights = (
+                    decoder.part(part, name).weight
+                    for decoder, part in ((module.student, own), (module.teacher, dense))
                 )
-            )
-        reads(self, module, index, source, paths, weights)
+                assert torch.equal(*weights), (index, name)
+            seen.append((index, path))
+        return solved(self, module, index, layer, path, reads)
 
-    monkeypatch.setattr(Refit, "_reads", watched)
-    _, _, step = repaired(2)
-    assert "channels_kept" in step.scores and seen == [True, True]
+    monkeypatch.setattr(Refit, "input_equations", watched)
+    _, _, step = repaired(2, channels=source)
+    assert ("channels_kept" in step.scores) == (source == "group")
+    assert len(seen) == 2 * len(set(seen)) and len(seen) >= 8
 
 
 def test_it_lowers_the_error_that_it_is_chosen_by() -> None:

@@ -169,6 +169,14 @@ def test_max_steps_stops_early_and_the_record_goes_on(tmp_path: Path):
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
+@pytest.mark.parametrize("method", [CoMe(), CoMe(race=True), CoMe(span_tokens="last"), CoMeP(granularity=2)])
+def test_down_to_one_layer(tmp_path: Path, method: CoMe):
+    """The last step has one site, and one score."""
+    module = prune(tmp_path, method=method, target=1)
+    assert module.record.layers == len(module.student) == 1
+    assert len(module.record.steps[-1].scores["span_distance"]) == 1
+
+
 def test_a_last_step_that_removes_fewer(tmp_path: Path):
     module = prune(tmp_path, method=CoMe(merge_item=3), target=3)
     assert [len(s.layers) for s in module.record.steps] == [3, 2]

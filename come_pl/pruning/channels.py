@@ -115,21 +115,29 @@ def dense(module: PruningModule, index: int, source: int | None) -> Parameters:
         for path, (weight, bias) in zip(family.mlp_inputs, channels.inputs, strict=True)
     }
     found[family.mlp_output] = {"weight": channels.outputs}
-    now = parameters(module, index, found)
-    return {
-        path: {name: value for name, value in values.items() if not torch.equal(value, now[path][name])}
-        for path, values in found.items()
-    }
+    return _others(module, index, found)
 
 
-def parameters(module: PruningModule, index: int, like: Parameters) -> Parameters:
-    """Those that student layer `index` has of the same names."""
+@torch.no_grad()
+def read_by(module: PruningModule, source: int, index: int, paths: Sequence[str]) -> Parameters:
+    """Weights of projections of dense layer `source`, as far as student layer `index` has others."""
     found: Parameters = {}
-    for path, values in like.items():
+    for path in paths:
+        projection = module.teacher.part(module.teacher.layers[source], path)
+        with present(projection):
+            found[path] = {"weight": projection.weight.clone()}
+    return _others(module, index, found)
+
+
+def _others(module: PruningModule, index: int, found: Parameters) -> Parameters:
+    """What student layer `index` has otherwise."""
+    other: Parameters = {}
+    for path, values in found.items():
         projection = module.student.part(module.student.layers[index], path)
         with present(projection):
-            found[path] = {name: projection.get_parameter(name).detach().clone() for name in values}
-    return found
+            now = {name: projection.get_parameter(name) for name in values}
+            other[path] = {name: value for name, value in values.items() if not torch.equal(value, now[name])}
+    return other
 
 
 def _channels(module: PruningModule, layer: int, fit: Fit | None) -> Channels:
@@ -157,6 +165,6 @@ def _importance(
             values = module.student.mlp_channels(x, channels.inputs).float().square()
             values = torch.where(counts[window][:, None] > 0, values * counts[window][:, None], 0.0)
             total += values.sum(0).double()
-    found = module.sum(total).sqrt() * channels.outputs.double().norm(dim=0)
+    found = module.sum(total).to(channels.outputs.device).sqrt() * channels.outputs.double().norm(dim=0)
     mantissa, exponent = torch.frexp(found)
     return torch.ldexp((mantissa * 2**16).round() / 2**16, exponent)

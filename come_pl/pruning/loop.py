@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.strategies import DDPStrategy
@@ -61,6 +62,8 @@ class ProgressivePruning(Callback):
         record: Record = pl_module.record
         # compute() sums over processes, so each of them takes the same decision
         statistics = pl_module.statistics.compute() if pl_module.needs - {"streams"} else {}
+        # torchmetrics makes a number of what has one element
+        statistics = {name: torch.atleast_1d(value) for name, value in statistics.items()}
         pl_module.sites.settle(statistics, pl_module.span)
         for name, value in statistics.items():
             if not bool(value.isfinite().all()):

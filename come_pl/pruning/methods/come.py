@@ -176,16 +176,19 @@ class CoMe(Method):
                 "merging again (--method.wo_repeat false) or give a larger --target_layers"
             )
         influence = statistics["block_influence"].tolist()
+        # above, a race measured a part of the text, and which part goes by earlier steps
+        stop = module.sites.stop
+        told = influence if stop is None else influence[:stop] + [None] * (len(influence) - stop)
         if self.select != "span":
             best, errors = self.selector.choose(module, record, scores, lambda a, b: keep(student, a, b, statistics))
             step = Step("merge", best.layers, best.ratio, best.kept, best.norm)
-            step.scores = {"block_influence": influence, self.score_name: scores, "refitted_error": errors}  # type: ignore[dict-item]
+            step.scores = {"block_influence": told, self.score_name: scores, "refitted_error": errors}  # type: ignore[dict-item]
             return Decision(step)
         layers = list(range(first, first + count))
         originals = sum(len(record.groups[i]) for i in layers)
         ratio = merge_ratio([influence[i] for i in layers], originals, self.p, self.rho)
         step = Step("merge", layers, ratio, keep(student, layers, ratio, statistics), self.norm)
-        step.scores = {"block_influence": influence, self.score_name: scores}  # type: ignore[dict-item]
+        step.scores = {"block_influence": told, self.score_name: scores}  # type: ignore[dict-item]
         return Decision(step)
 
     def allowed(self, record: Record, count: int) -> list[bool]:

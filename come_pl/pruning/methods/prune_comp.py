@@ -27,7 +27,8 @@ class PruneComp(Drop):
     Args:
         compensate: What follows a drop: none, or magnitude (the stream below the dropped layer is multiplied, in the
             weights, by what the layer multiplied its length by).
-        windows: Calibration windows that both are measured on, rounded up to whole batches; all without it.
+        windows: Calibration windows that both are measured on, rounded up to whole batches; all without it. (With
+            --refit_when step block influence is of all of them: the repair reads them anyhow.)
     """
 
     needs = frozenset({"block_influence"})
