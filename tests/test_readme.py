@@ -1,4 +1,4 @@
-"""What the README tells people to type exists and is understood."""
+"""What the README and the measurements tell people to type exists and is understood."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from come_pl.cli.prune import prune_main
 from come_pl.cli.report import report_main
 from come_pl.cli.train import train_main
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "benchmarks/README.md")}
 COMMANDS = [
     line.split("#")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for page in PAGES.values()
+    for block in re.findall(r"```bash\n(.*?)```", page, re.S)
     for line in block.splitlines()
 ]
 
@@ -70,6 +71,14 @@ def test_make_targets() -> None:
         subprocess.run(["make", "-n", target], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def test_files_that_are_named_exist() -> None:
-    for name in re.findall(r"`((?:come_pl|configs|benchmarks|tests)/[\w./]+)`", README):
-        assert (ROOT / name).exists(), name
+@pytest.mark.parametrize("name", PAGES)
+def test_what_is_named_exists(name: str) -> None:
+    page, folder = PAGES[name], (ROOT / name).parent
+    for path in re.findall(r"`((?:come_pl|configs|benchmarks|tests)/[\w./]+)`", page):
+        assert (ROOT / path).exists(), path
+    for path, anchor in re.findall(r"\]\(((?!http)[^)#]*)#?([^)]*)\)", page):
+        target = folder / path if path else ROOT / name
+        assert target.exists(), path
+        titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
+        anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+        assert not anchor or anchor in anchors, anchor

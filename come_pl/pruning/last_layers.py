@@ -17,7 +17,7 @@ what is inverted, Ḡ and Ā mean diagonals, λ, one for all, that of the least 
 a step that is no better there is not taken. No learning rate. Pairs know nothing of each other, so that λ grows with
 their number.
 
-It learns from the text as well as from the dense model, and on text of another kind gains less (README).
+It learns from the text as well as from the dense model, and on text of another kind gains less (benchmarks/README.md).
 """
 
 from __future__ import annotations
