@@ -189,11 +189,35 @@ def aside(model: nn.Module) -> Iterator[None]:
                 _let_go(parameter, other.device)
 
 
+Tables = list[tuple[nn.Module, str, Tensor]]
+
+
+def tables(model: nn.Module) -> Tables:
+    """The rotary tables, which a model is loaded with in fp32 whatever its dtype. In bf16 a position of some thousand
+    is off by up to a radian."""
+    return [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and "inv_freq" in name  # as transformers calls them
+    ]
+
+
+def put_tables(kept: Tables) -> None:
+    """These again, where the modules are now."""
+    for module, name, buffer in kept:
+        now = module._buffers[name]
+        assert now is not None
+        module._buffers[name] = buffer.to(now.device)
+
+
 def move(model: Any, target: torch.device | torch.dtype | str) -> Any:
-    """The model on another device or, from now on, in another dtype."""
+    """The model on another device or, from now on, in another dtype (but for its `tables`)."""
+    kept = tables(model)
     with aside(model):
         model.to(target)
     if isinstance(target, torch.dtype):
+        put_tables(kept)
         for parameter in stored(model):
             _let_go(parameter, dtype=target)
     return model

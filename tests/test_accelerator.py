@@ -60,6 +60,9 @@ def run(method: str, refit: Refit, family: str, **options: Any) -> set[str]:
         ("mka", Refit("none"), "llama", {}),
         ("laco", Refit("none"), "llama", {}),
         ("replaceme", Refit("none"), "llama", {}),
+        ("fusegpt", Refit("none"), "llama", {"epochs": 0}),
+        ("streamline", Refit("none"), "llama", {"epochs": 0}),
+        ("magnitude", Refit("none"), "gemma", {}),
     ],
 )
 def test_devices_are_not_mixed(method: str, refit: Refit, family: str, options: Any) -> None:

@@ -166,6 +166,27 @@ def test_export_runs_the_converter(
     assert "failed with exit code 1: this architecture is not known" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("family", "full", "fine"),
+    [
+        ("gemma2", [1, 3], True),
+        ("gemma2", [0, 2, 4], False),
+        ("gemma3", [5], True),
+        ("gemma3", [4], False),
+        ("qwen2-mixed", [0, 1], True),
+    ],
+)
+def test_a_file_of_another_order_of_attention_is_refused(
+    family: str, full: list[int], fine: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    types = ["full_attention" if layer in full else "sliding_attention" for layer in range(max(full) + 1)]
+    tiny_model(family, layers=len(types), layer_types=types).save_pretrained(tmp_path / "model")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert exported(monkeypatch, tmp_path / "model") == (0 if fine else 2)
+    told = capsys.readouterr()
+    assert fine or f"in this model these are layers {full}" in told.err
+
+
 def test_export_without_a_converter_says_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

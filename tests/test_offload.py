@@ -292,6 +292,19 @@ def test_a_teacher_on_disk_teaches_the_same(
 def test_another_dtype_is_that_of_later_reads(tmp_path: Path) -> None:
     checkpoint = save_tiny(tmp_path / "dense")
     offloaded = move(models.load_model(checkpoint, offload="disk"), torch.bfloat16)
-    plain = models.load_model(checkpoint).to(torch.bfloat16)
+    plain = models.load_model(checkpoint, "bfloat16")
     assert {p.dtype for p in offloaded.parameters()} == {torch.bfloat16}
     assert torch.equal(offloaded(tiny_ids()).logits, plain(tiny_ids()).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_another_dtype_leaves_a_model_as_it_would_be_loaded(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    loaded = models.load_model(str(tmp_path), "bfloat16")
+    move(model, torch.bfloat16)
+    for (name, own), (_, other) in zip(model.named_buffers(), loaded.named_buffers(), strict=True):
+        assert own.dtype == other.dtype and torch.equal(own, other), name
+    with torch.no_grad():
+        ids = tiny_ids(seq=24)
+        assert torch.equal(model(ids).logits, loaded(ids).logits)

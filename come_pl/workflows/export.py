@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shlex
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from come_pl.runs import RunError
 from come_pl.workflows.subject import read_subject
 
 CONVERTER = "convert_hf_to_gguf.py"
+FULL_EVERY = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6}  # layers of full attention, as llama.cpp has them built in
 
 
 def export(
@@ -45,6 +47,7 @@ def export(
     folder = Path(where.path)
     if where.gguf_file or not folder.is_dir():
         raise RunError(f"model {model!r}: expected a run folder or a folder with a checkpoint to convert")
+    _check_pattern(folder)
     file = output or (subject.run or folder) / f"model-{outtype}.{format}"
     found = converter or _installed()
     command = [sys.executable, str(found or CONVERTER), str(folder), "--outfile", str(file), "--outtype", outtype]
@@ -61,6 +64,21 @@ def export(
         raise RunError(f"{found} failed with exit code {done.returncode}: {why}")
     print(f"written to {file}, {file.stat().st_size / 2**20:,.1f} MiB")
     return file
+
+
+def _check_pattern(folder: Path) -> None:
+    """Raises RunError: layers attend in another order than llama.cpp takes for granted, and a file cannot say so."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    every = FULL_EVERY.get(config.get("model_type", ""))
+    types = config.get("layer_types") or (config.get("text_config") or {}).get("layer_types")
+    if every is None or not types:
+        return
+    full = [index for index, kind in enumerate(types) if kind == "full_attention"]
+    if full != list(range(every - 1, len(types), every)):
+        raise RunError(
+            f"{folder} cannot become GGUF: llama.cpp takes every {every}th layer of a {config['model_type']} for one "
+            f"of full attention, and in this model these are layers {full}; transformers and vLLM go by its config"
+        )
 
 
 def _installed() -> Path | None:
