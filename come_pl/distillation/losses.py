@@ -138,8 +138,9 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        gradients = tuple(None if g is None else g * outer.to(g.dtype) for g in ctx.found)
-        return *gradients, None, None
+        # in place: that of a head is as large as the head; nobody else has them, and there is no second backward
+        found, ctx.found = ctx.found, None
+        return *(None if g is None else g.mul_(outer.to(g.dtype)) for g in found), None, None
 
 
 def _over_chunks(student: Decoder, hidden: Tensor, per_chunk: Any) -> Tensor:
