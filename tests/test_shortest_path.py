@@ -15,6 +15,7 @@ from conftest import tiny_model
 from lightning import Trainer
 from test_drop_methods import IDS, MASK, dense_order, measured, streams
 from test_loop import lines, prune
+from tqdm.auto import tqdm
 
 from come_pl.data import CalibrationData
 from come_pl.decoder import Decoder
@@ -242,6 +243,31 @@ def test_costs_are_measured_where_paths_come_by(monkeypatch: pytest.MonkeyPatch)
     assert cost(gap) == pytest.approx(best[1]) and best[1] > min(together), "one gap, where more may cost"
     single = {gap for path in asked if len(path) == 1 for gap in path}
     assert len(single) < sum(depth - length for length in range(1, remove + 1)), "not all of them"
+
+
+def test_bars_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step for each set of gaps that is measured, and one for each layer that is repaired."""
+    moved: dict[str, int] = {}
+
+    class Bar(tqdm):
+        def close(self) -> None:
+            if not self.disable:
+                moved[self.desc.rstrip(": ")] = self.n
+            super().close()
+
+    for place in ("methods.shortest_path", "refit"):
+        monkeypatch.setattr(f"come_pl.pruning.{place}.tqdm", Bar)
+    measured_sets: list[Any] = []
+    divergence = BridgedModel._divergence
+    monkeypatch.setattr(BridgedModel, "_divergence", lambda *a: measured_sets.append(a[1]) or divergence(*a))
+    module = prune(
+        tmp_path,
+        method=ShortestPath(windows=2, bridge=2),
+        target=4,
+        refit=Refit("down", "end", ahead=0, final=False, folds=2),
+    )
+    lowest = next(i for i, group in enumerate(module.record.groups) if len(group) > 1)
+    assert moved == {"choosing layers": len(measured_sets), "repairing": 4 - lowest} and min(moved.values()) > 0
 
 
 def test_a_gap_that_costs_less_than_its_layers_is_found(monkeypatch: pytest.MonkeyPatch):
