@@ -63,17 +63,17 @@ def test_table_resume_and_a_method_that_fails(
         3,
         "--methods",
         "come:norm=fold,final=false,label=come norm=fold",
-        "come:no_such=1",
+        "come:rho=7",
     )
     assert compared(monkeypatch, *words) == 1
     rows = table(output)
     assert [(r["method"], r["layers"], r["status"]) for r in rows] == [
         ("come norm=fold", "5", "finished"),
-        ("come no_such=1", "5", "failed"),
+        ("come rho=7", "5", "failed"),
         ("come norm=fold", "4", "finished"),
-        ("come no_such=1", "4", "failed"),
+        ("come rho=7", "4", "failed"),
     ]
-    assert all("no_such" in r["error"] for r in rows[1::2])
+    assert all("rho 7" in r["error"] for r in rows[1::2])
     for row in rows[::2]:
         info = read_run(Path(row["run"]))
         assert len(info["groups"]) == 4 and info["seed"] == 3  # one run, measured on its way
@@ -92,14 +92,14 @@ def test_table_resume_and_a_method_that_fails(
     page = (output / "comparison.md").read_text()
     assert "| come norm=fold | 4 |" in page and "failed: " in page
     with Image.open(output / "comparison.png") as image:
-        assert "come norm=fold" in image.info["Title"] and "Failed: come no_such=1 at 4" in image.info["Description"]
+        assert "come norm=fold" in image.info["Title"] and "Failed: come rho=7 at 4" in image.info["Description"]
 
     started: list[list[str]] = []
     start = workflow._start
     monkeypatch.setattr(workflow, "_start", lambda given, log: started.append(given) or start(given, log))
     finished = {r["run"]: (Path(r["run"]) / "run.json").stat().st_mtime_ns for r in rows[::2]}
     assert compared(monkeypatch, *words) == 1
-    assert [a for given in started for a in given if "no_such" in a] == ["--method.no_such=1"] * 2 and len(started) == 2
+    assert [a for given in started for a in given if "rho" in a] == ["--method.rho=7"] * 2 and len(started) == 2
     assert {run: (Path(run) / "run.json").stat().st_mtime_ns for run in finished} == finished
 
     started.clear()  # asked for the models, it makes them again
@@ -165,6 +165,9 @@ def test_a_run_that_was_killed_is_told_and_the_rest_go_on(home: Path, monkeypatc
         (["--methods", "come:rho"], "'rho' is not an option; expected NAME:OPTION=VALUE"),
         (["--methods", "come:rho=1,rho=2"], "each option once"),
         (["--methods", "come:name=sleb"], "'name=sleb' is not an option"),
+        (["--methods", "come", "shortgpt:rho=3"], "method 'shortgpt:rho=3' has no option 'rho'; its options: angular"),
+        (["--methods", "come:roh=1"], "did you mean 'rho'?"),
+        (["--seed", "-1"], "--seed -1: expected a whole number from 0 to 4294967295"),
         (["--methods", "come", "come"], "in the list already"),
         (["--methods", "come:label=a", "come:label=b"], "is the same as 'a'"),
         (["--depths", "6"], "target_layers 6: the model has 6 layers; expected a depth from 1 to 5"),

@@ -60,7 +60,7 @@ def test_card_of_a_pruned_model(tmp_path: Path) -> None:
     assert head["library_name"] == "transformers" and head["tags"] == ["pruned", "depth-pruning", "come_pl"]
     for words in (
         "4 → 3 layers",
-        "`sleb` (rho = 0.9): 1 drops",
+        "`sleb` (rho = 0.9): 1 drop.",
         "2048 tokens of `text.txt` (windows of 32, seed 3)",
         "| held.txt | 480 | 20.00 | 80.00 | 25.0% |",
         "**0+1**, 2, 3",

@@ -237,6 +237,21 @@ def test_sections_are_there_only_with_their_data(runs: dict[str, Path], tmp_path
     assert "by merging neighbours, which took" in Page(write_report([lonely])).text
 
 
+def test_a_training_without_validation(tmp_path: Path) -> None:
+    folder = distilled(tmp_path / "d", pruned(tmp_path / "p"))
+    (folder / "validation.csv").unlink()
+    write_report([folder])
+    with Image.open(folder / "distill.png") as image:
+        assert "Held-out" not in image.info["Description"]
+
+
+def test_the_repair_that_ran_is_told(tmp_path: Path) -> None:
+    refit = {"parts": "both", "when": "end", "sweep": 0, "channels": "group", "final": True, "last": 3}
+    text = Page(write_report([pruned(tmp_path / "p", refit=refit)])).text
+    assert "output projections of attention and MLP were solved for" in text and "(3 at most)" in text
+    assert "After a step" not in text
+
+
 def test_drops_and_perplexity_that_is_not_finite(tmp_path: Path) -> None:
     steps = synthetic(6, 4, "drop")
     entry = {"dense": 20.0, "pruned": float("inf"), "tokens": 64, "seqlen": 16}

@@ -10,7 +10,9 @@ from PIL import Image
 
 from come_pl.report import importance, merge_map, shares
 from come_pl.report.layers import _caption
+from come_pl.report.repair import repair_words
 from come_pl.report.story import read_story
+from come_pl.report.style import amount
 from come_pl.report.tables import merges
 
 
@@ -189,3 +191,24 @@ def test_whose_channels_a_repaired_layer_has(tmp_path: Path) -> None:
     expected = [", ".join(f"{layer} ({kept[layer]:.0%})" for layer in group) for group in groups]
     assert [row[-1] for row in table.rows] == expected and len(groups) == len(table.rows) > 0
     assert [row[:-1] for row in table.rows] == before.rows
+
+
+def test_repair_in_words() -> None:
+    best = {"parts": "all", "when": "end", "sweep": 0, "channels": "group", "final": True, "last": 12}
+    said = repair_words(best)
+    assert "at the target depth in every layer from the lowest changed one up" in said and "after each" not in said
+    assert "and the projections that read" in said and "MLP channels of all" in said
+    assert "gains of the final norm" in said and "last layers (12 at most)" in said
+    assert repair_words(best, whole=False) == "Not repaired: the run does that at its target depth only."
+    step = best | {"parts": "down", "when": "step", "last": 0}
+    said = repair_words(step)
+    assert "after each step in the layer that changed, the MLP's output projection was solved" in said
+    assert "channels" not in said and "gains of the final norm" in said and "last layers" not in said
+    said = repair_words(step, whole=False)
+    assert "gains" not in said and said.endswith("What the run repairs at its target depth is not in this model.")
+    assert "not in this" not in repair_words(step | {"final": False}, whole=False)
+    assert repair_words(None) == repair_words({"parts": "none"}) == ""
+
+
+def test_amounts_of_parameters() -> None:
+    assert [amount(n) for n in (134_515_008, 1_000_000, 12_345, 60)] == ["134.5M", "1.0M", "12.3K", "0.1K"]

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 def normalise(
@@ -19,6 +19,7 @@ def normalise(
     pending = list(argv)
     while pending:
         word = pending.pop(0)
+        word = "--config" if word == "-c" else word
         if not word.startswith("--"):
             result.append(word)
             continue
@@ -36,23 +37,66 @@ def normalise(
     return result
 
 
-def scan(argv: Sequence[str], group: str, default: str) -> str:
-    """The value of `--GROUP.name`, from the flags or else the last `--config` file that has one."""
+def read_config(file: str) -> dict[str, Any]:
+    """What a `--config` file says. Raises ValueError: no such file, or no mapping of options."""
     import yaml
 
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config {file}: {error.strerror}; expected a YAML file of options") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1})" if mark else ""
+        raise ValueError(f"--config {file}: not YAML{where}; expected options as NAME: VALUE") from None
+    if not isinstance(content, dict):
+        what = {type(None): "nothing", list: "a list", str: "text"}.get(type(content), "a value")
+        raise ValueError(f"--config {file}: the file holds {what}; expected options as NAME: VALUE")
+    return content
+
+
+def configs(argv: Sequence[str]) -> list[dict[str, Any]]:
+    """What the `--config` files on the command line say. Raises ValueError as `read_config`."""
+    return [read_config(word.partition("=")[2]) for word in argv if word.startswith("--config=")]
+
+
+def scan(argv: Sequence[str], group: str, default: str) -> str:
+    """The value of `--GROUP.name` or `--GROUP`, from the flags or else the last `--config` file that has one.
+
+    Raises:
+        ValueError: as `read_config`.
+    """
     found = default
+    for content in configs(argv):
+        entry = content.get(group)
+        entry = entry.get("name") if isinstance(entry, dict) else entry
+        found = found if entry is None else str(entry)
     for word in argv:
-        if word.startswith("--config="):
-            try:
-                content = yaml.safe_load(Path(word.partition("=")[2]).read_text()) or {}
-            except (OSError, yaml.YAMLError):
-                continue  # the parser says what is wrong with it
-            entry = content.get(group, {})
-            found = entry.get("name", found) if isinstance(entry, dict) else entry
-    for word in argv:
-        if word.startswith(f"--{group}.name="):
+        if word.startswith((f"--{group}.name=", f"--{group}=")):
             found = word.partition("=")[2]
     return found
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError: a seed that a random generator does not take."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed {seed}: expected a whole number from 0 to {2**32 - 1}")
+
+
+def with_doubles(accelerator: str) -> str:
+    """The accelerator that is meant: Apple's is not taken by itself, as it has no fp64, in which sums are kept.
+
+    Raises:
+        ValueError: it is asked for.
+    """
+    import torch
+
+    apple = torch.backends.mps.is_available()
+    if accelerator == "mps" or accelerator == "gpu" and apple and not torch.cuda.is_available():
+        raise ValueError(
+            f"accelerator {accelerator}: sums are kept in fp64, which MPS lacks; give --trainer.accelerator cpu"
+        )
+    return "cpu" if accelerator == "auto" and apple else accelerator
 
 
 def add_run_arguments(parser: Any) -> None:
@@ -76,12 +120,15 @@ def call(function: Callable[..., Any], argv: Sequence[str], *, prog: str, usage:
     Raises:
         jsonargparse.ArgumentError: an argument that the function does not have, or not of its type.
     """
-    from jsonargparse import ArgumentParser
+    from come_pl.cli.parser import Parser
 
-    parser = ArgumentParser(prog=prog, usage=usage, description=description, exit_on_error=False)
+    configs(argv)
+    parser = Parser(prog=prog, usage=usage, description=description)
     parser.add_argument("--config", action="config", help="YAML file with some of the options.")
     parser.add_function_arguments(function, as_positional=True, skip=set(given))
     config = parser.instantiate_classes(parser.parse_args(list(argv)))
+    if "seed" in config:
+        check_seed(config.seed)
     return function(**{k: v for k, v in config.items() if k != "config"}, **given)
 
 
@@ -110,10 +157,17 @@ def quiet() -> None:
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
+    import lightning.fabric.utilities.warnings  # noqa: F401  # sets its own format
+
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
 
 
-def guarded(main: Callable[[], None]) -> None:
-    """Turns what a user can mend into one line and exit code 2."""
+def guarded(main: Callable[[], None], goes_on_from: str = "") -> None:
+    """Turns what a user can mend into one line and exit code 2, and Ctrl-C into one line and exit code 130.
+
+    Args:
+        goes_on_from: What the same command goes on from after Ctrl-C, if it does.
+    """
     from jsonargparse import ArgumentError
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -122,6 +176,12 @@ def guarded(main: Callable[[], None]) -> None:
 
     try:
         main()
+    except KeyboardInterrupt:
+        _stop(goes_on_from)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's trainer makes this of it
+            _stop(goes_on_from)
+        raise
     except MisconfigurationException as error:
         _fail(str(error).splitlines()[0])
     except (ModelError, RunError, ArgumentError) as error:
@@ -130,22 +190,30 @@ def guarded(main: Callable[[], None]) -> None:
         if error.errno is None:
             raise
         _fail(f"{error.strerror}: {error.filename or 'while writing'}; free space or give another --output")
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         if not _about_settings(error):
             raise
-        _fail(str(error))
+        _fail(" ".join(str(error).split()))
 
 
-def _about_settings(error: ValueError) -> bool:
+def _about_settings(error: ValueError | TypeError) -> bool:
     """Whether an error was raised by a line of this package, or by Lightning reading the trainer's settings; what
     comes from deeper inside a library is a defect and keeps its traceback."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
     module = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
-    return module.startswith(("come_pl", "lightning.pytorch.trainer"))
+    own = ("come_pl",) if isinstance(error, ValueError) else ()
+    return module.startswith((*own, "lightning.pytorch.trainer", "lightning.fabric.accelerators"))
 
 
-def _fail(message: str) -> None:
+def _stop(goes_on_from: str) -> NoReturn:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        again = "the same command" + " without --overwrite" * any(w.startswith("--overwrite") for w in sys.argv)
+        print("stopped" + f"; {again} goes on from {goes_on_from}" * bool(goes_on_from), file=sys.stderr)
+    raise SystemExit(130)
+
+
+def _fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)

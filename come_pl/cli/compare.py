@@ -30,7 +30,7 @@ SET_HERE = {  # what must be the same for every run, by the name that this comma
 
 def compare_main() -> None:
     """Console script `come-compare`, and `python -m come_pl.compare`."""
-    guarded(_compare)
+    guarded(_compare, "the last finished step")
 
 
 def _compare() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from come_pl.cli.common import add_run_arguments, guarded, normalise, quiet, scan
+from come_pl.cli.common import add_run_arguments, check_seed, guarded, normalise, quiet, scan, with_doubles
 
 ALIASES = {  # the official toolkit's flags, and short names, by what they are here
     "--method": "--method.name",
@@ -50,11 +50,12 @@ SWITCHES = {  # a bare flag means true
     *("--continue_saving", "--overwrite", "--resume"),
 }
 LISTS = {"--evaluation.data", "--method.retain_layer"}
+PRESETS = ("best", "paper")
 
 
 def prune_main() -> None:
     """Console script `come-prune`, and `prune.py`."""
-    guarded(_prune)
+    guarded(_prune, "the last finished step")
 
 
 def refuse_unknown(argv: Sequence[str], method: str, known: Sequence[str]) -> None:
@@ -72,6 +73,7 @@ def _prune() -> None:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.strategies import StrategyRegistry
 
+    from come_pl.cli.parser import Parser
     from come_pl.data import CalibrationData
     from come_pl.pruning.loop import PruningDDP
     from come_pl.pruning.methods import ALIASES as METHOD_ALIASES
@@ -83,10 +85,12 @@ def _prune() -> None:
 
     # in place: Lightning starts further processes with the same sys.argv
     sys.argv[1:] = normalise(sys.argv[1:], ALIASES, SWITCHES, LISTS)
-    given = [word.partition("=")[2] for word in sys.argv[1:] if word.startswith("--preset=")]
-    asked = scan(sys.argv[1:], "method", "") or ("come" if given[-1:] == ["paper"] else "")
+    given = scan(sys.argv[1:], "preset", "")
+    if given not in ("", *PRESETS):
+        raise ValueError(f"--preset {given}: expected one of {', '.join(PRESETS)}")
+    asked = scan(sys.argv[1:], "method", "") or ("come" if given == "paper" else "")
     name, method_class = find(asked or DEFAULT)
-    preset = given[-1] if given else "paper" if asked in METHOD_ALIASES else "best"
+    preset = given or ("paper" if asked in METHOD_ALIASES else "best")
     StrategyRegistry.register("pruning_ddp", PruningDDP, override=True)
 
     class PruneCLI(LightningCLI):
@@ -106,7 +110,11 @@ def _prune() -> None:
                 help="Run folder; by default runs/prune/ and a name made of model, method, depth and settings.",
             )
             parser.add_argument(
-                "--continue_saving", type=bool, default=False, help="Save the model of every depth on the way."
+                "--continue_saving",
+                type=bool,
+                default=False,
+                help="Save the model of every depth on the way. What is repaired at the end only (--refit_when end, "
+                "--refit_final) is not repaired in these.",
             )
             parser.add_argument(
                 "--method.name",
@@ -137,6 +145,7 @@ def _prune() -> None:
 
         def before_instantiate_classes(self) -> None:
             trainer = self.config.trainer
+            trainer.accelerator = with_doubles(trainer.accelerator)
             if trainer.strategy == "auto" and str(trainer.devices) != "1" or trainer.strategy == "ddp":
                 trainer.strategy = "pruning_ddp"
 
@@ -147,8 +156,9 @@ def _prune() -> None:
         save_config_callback=None,
         seed_everything_default=False,
         auto_configure_optimizers=False,
+        parser_class=Parser,
         parser_kwargs={
-            "exit_on_error": False,  # errors reach `guarded`, which says them in one line
+            "aliases": ALIASES,
             "usage": "prune.py [--method NAME] [--model.path PATH] [--target_layers N] [options]; see --help",
             "description": "Make a causal language model shallower. Without arguments: the demo model, 30 → 21 layers.",
         },
@@ -161,6 +171,7 @@ def _prune() -> None:
         },
     )
     config = cli.config
+    check_seed(config.seed)
     seed_everything(config.seed, verbose=False)
     options = {k: v for k, v in config.method.items() if k != "name"}
     output = Path(config.output) if config.output else None

@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from come_pl.cli.common import add_run_arguments, guarded, normalise, quiet, scan
+from come_pl.cli.common import add_run_arguments, check_seed, guarded, normalise, quiet, scan, with_doubles
 
 ALIASES = {
     "--distill": "--distill.name",
@@ -26,7 +26,7 @@ LISTS = {"--evaluation.data"}
 
 def train_main() -> None:
     """Console script `come-train`, and `train.py`."""
-    guarded(_train)
+    guarded(_train, "its last checkpoint")
 
 
 def default_config(name: str) -> str:
@@ -42,6 +42,7 @@ def _train() -> None:
     from lightning import Trainer, seed_everything
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+    from come_pl.cli.parser import Parser
     from come_pl.data import DistillationData
     from come_pl.distillation import strategy
     from come_pl.distillation.registry import METHODS, find
@@ -89,6 +90,7 @@ def _train() -> None:
 
         def before_instantiate_classes(self) -> None:
             trainer = self.config.trainer
+            trainer.accelerator = with_doubles(trainer.accelerator)
             wanted.update(
                 strategy=str(trainer.strategy), precision=str(trainer.precision), devices=str(trainer.devices)
             )
@@ -107,7 +109,9 @@ def _train() -> None:
         save_config_callback=None,
         seed_everything_default=False,
         auto_configure_optimizers=False,
+        parser_class=Parser,
         parser_kwargs={
+            "aliases": ALIASES,
             "usage": "train.py [--distill NAME] [--student RUN] [--data.source TEXT] [options]; see --help",
             "description": "Distil a pruned model from its dense teacher. Without arguments: the newest pruned run, "
             "CoMe-mp, embedded text.",
@@ -129,6 +133,7 @@ def _train() -> None:
 
         print_plan(cli.model, cli.datamodule, config.student, config.teacher, wanted, config.offload)
         return
+    check_seed(config.seed)
     seed_everything(config.seed, verbose=False)
     distil(
         cli.model,

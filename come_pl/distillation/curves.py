@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lightning import Trainer
@@ -27,7 +29,8 @@ def read_rows(file: Path) -> list[dict[str, float]]:
 
 
 class Curves(Callback):
-    """Appends each optimizer step's losses to `curves.csv`, and the validation loss to `validation.csv`.
+    """Appends each optimizer step's losses, the means over its batches, to `curves.csv`, and the validation loss to
+    `validation.csv`.
 
     Rows after the step that a run resumes from are removed first: the file is that of an uninterrupted run.
 
@@ -39,6 +42,7 @@ class Curves(Callback):
         self.folder = folder
         self.tokens, self.seconds = 0, 0.0
         self._begin = 0.0
+        self._step, self._since = 0, list[Mapping[str, float]]()  # of the last row; losses of the batches since
 
     def state_dict(self) -> dict[str, Any]:
         return {"tokens": self.tokens, "seconds": self.seconds}
@@ -47,6 +51,8 @@ class Curves(Callback):
         self.tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._step = trainer.global_step
+        self._since.clear()
         if trainer.is_global_zero:
             for name in (CURVES, VALIDATION):
                 rows = [r for r in read_rows(self.folder / name) if r["step"] <= trainer.global_step]
@@ -62,10 +68,15 @@ class Curves(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.seconds += time.perf_counter() - self._begin
         self.tokens += int(batch["mask"].sum()) * trainer.world_size
-        if trainer.is_global_zero and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            losses = pl_module.latest
+        if not trainer.is_global_zero:
+            return
+        self._since.append(dict(pl_module.latest))
+        if trainer.global_step > self._step:  # an epoch's last step may come before a whole accumulation
+            losses = means(self._since)
             row = {"step": trainer.global_step, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
             self._append(CURVES, row | {"loss": sum(losses.values())} | losses)
+            self._step = trainer.global_step
+            self._since.clear()
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking and "val_loss" in trainer.callback_metrics:
@@ -85,6 +96,12 @@ class Curves(Callback):
             write_atomically(file, "\n".join(lines) + "\n")
         with open(file, "a", encoding="utf-8") as opened:
             opened.write(",".join(_tidy(row.get(c, math.nan)) for c in extended) + "\n")
+
+
+def means(batches: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of each loss, over the batches that have it."""
+    names = dict.fromkeys(name for losses in batches for name in losses)
+    return {name: fmean(losses[name] for losses in batches if name in losses) for name in names}
 
 
 def read_rows_loose(file: Path) -> list[dict[str, str]]:

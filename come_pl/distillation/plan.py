@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from come_pl.decoder import Decoder
+from come_pl.distillation.losses import CHUNK_BYTES
 from come_pl.distillation.module import DistillationModule
 from come_pl.models import on_meta
 from come_pl.offload import Offload, matrices
 
 GIB = 2**30
+CHUNKS = 6  # as many times a chunk's logits in fp32 are there at once; measured
 
 
 @dataclass(frozen=True)
@@ -136,13 +138,41 @@ def _activations(module: DistillationModule, tokens: int, element: int) -> float
     hidden = decoder.geometry.hidden
     layer = activation_bytes(decoder, tokens, element)
     stream = 4 * tokens * hidden
-    logits = 4 * 64 * 2**20 if getattr(module, "logit_weight", 1) else 0
     if type(module).__name__ == "CoMeMP":
         local = len(module.merged) if getattr(module, "schedule", "joint") == "joint" else 1
         return local * (layer + 2 * stream) + 2 * layer
-    through = len(decoder) - (module.merged[0] if module.trainable == "merged" else 0)
+    learns = _learning(module)
+    lowest = next(i for i, part in enumerate(decoder.layers) if any(id(p) in learns for p in part.parameters()))
+    through = len(decoder) - lowest
     kept = through * stream + layer if module.activation_checkpointing else through * layer
-    return kept + len(module.merged) * 2 * stream + logits + 2 * tokens * hidden * 4
+    return kept + len(module.merged) * 2 * stream + _head(module, tokens, element) + 2 * tokens * hidden * 4
+
+
+def _learning(module: DistillationModule) -> set[int]:
+    named = module.student_model.named_parameters(remove_duplicate=False)
+    return {id(p) for name, p in named if name in module.trained}
+
+
+def _head(module: DistillationModule, tokens: int, element: int) -> float:
+    """For losses of logits: chunks of them, and casts of both heads. Of a head that learns also the gradient summed in
+    fp32, and a chunk's: in fp32 and cast (measured on a CPU)."""
+    ours, theirs = (d.model.get_output_embeddings() for d in (module.student, module.teacher))
+    if not hasattr(ours, "weight"):  # never run, so let go
+        return 0
+    weights = [head.weight for head in (ours, theirs) if hasattr(head, "weight")]
+    kept = CHUNKS * min(CHUNK_BYTES, 4 * ours.weight.shape[0] * tokens)
+    kept += sum(element * w.numel() for w in weights if w.element_size() > element)
+    if id(ours.weight) in _learning(module):
+        kept += ours.weight.numel() * (4 + 4 + element * (element < 4))
+    return kept
+
+
+def device_count(devices: str) -> int:
+    """What `--trainer.devices` asks for: a number, a list like `0,1` or `[0, 1]`, or as many as there are."""
+    listed = [part for part in devices.strip("[]").split(",") if part.strip()]
+    if "," in devices or devices.startswith("["):
+        return len(listed)
+    return int(devices) if devices.isdigit() else max(1, torch.cuda.device_count())
 
 
 def print_plan(
@@ -180,8 +210,7 @@ def print_plan(
         decoder.base.layers = torch.nn.ModuleList(list(decoder.layers)[: len(groups)])
     depth = len(Decoder(dense_model))
     module.attach(dense_model, student_model, groups)
-    devices = int(on["devices"]) if on["devices"].isdigit() else max(1, torch.cuda.device_count())
-    devices *= int(on["num_nodes"])
+    devices = device_count(on["devices"]) * int(on["num_nodes"])
     plan = memory_plan(
         module,
         precision=on["precision"],

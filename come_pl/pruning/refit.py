@@ -315,8 +315,7 @@ class Refit:
     def _reads(
         self, module: PruningModule, index: int, source: int, paths: Sequence[str], weights: dict[str, Tensor]
     ) -> None:
-        # a sweep or step before may have led them already, and M is of what a norm gives
-        self._set(module, index, channels.read_by(module, source, index, paths), weights)
+        self._set(module, index, channels.read_by(module, source, index, paths), weights)  # may have been led before
         fit = self._solved(paths[0], self.input_equations(module, index, source, paths[0]))
         if fit is not None:
             layer = module.student.layers[index]
@@ -405,7 +404,6 @@ class Refit:
 
 
 def _unseen(fit: Fit | None, left: float) -> float:
-    """The error on unseen windows."""
     return left if fit is None else left * fit.error
 
 

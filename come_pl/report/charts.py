@@ -131,7 +131,8 @@ def distillation(run_dir: Path, path: Path | None = None) -> Path | None:
         _legend_below(figure, axes, *shown)
     words = f"{title}. Losses over {rows[-1]['tokens']:,.0f} tokens, first to last: "
     words += "; ".join("{}: {:.3g} to {:.3g}".format(n, *_smooth([v for _, v in p])) for n, p in curves.items()) + "."
-    words += f" Held-out loss: {seen[0][1]:.3g} to {seen[-1][1]:.3g}." * bool(seen)
+    if seen:
+        words += f" Held-out loss: {seen[0][1]:.3g} to {seen[-1][1]:.3g}."
     return save_picture(figure, path or run_dir / "distill.png", title, words)
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from come_pl.record import write_atomically
 from come_pl.report import charts, methods, tables
 from come_pl.report.layers import importance, merge_map
+from come_pl.report.repair import repair_words
 from come_pl.report.story import (
     COMPARISON,
     Story,
@@ -175,7 +176,7 @@ def _importance(story: Story, output: Path, before: str) -> Section | None:
 
 def _repair(story: Story, output: Path, before: str) -> Section | None:
     drawn = charts.refits(story.record, output / f"{before}refit.png")
-    lead = "After a step, output projections are solved for, so that a layer gives what the dense model gave there."
+    lead = repair_words(story.pruning[1].get("refit")) if story.pruning else ""
     return Section("repair", "Repair without training", lead, [Picture(drawn)]) if drawn else None
 
 

@@ -49,6 +49,11 @@ def number(value: float | None, digits: int = 2) -> str:
     return f"{value:,.{digits if value < 100 else 1 if value < 1000 else 0}f}"
 
 
+def amount(parameters: int) -> str:
+    """A number of parameters: 134.5M, 12.3K."""
+    return f"{parameters / 1e6:,.1f}M" if parameters >= 1e6 else f"{parameters / 1e3:.1f}K"
+
+
 def model_name(path: str) -> str:
     """A model's name for people: the demo model's own, or else the end of its path."""
     return PRETTY_NAMES.get(EMBEDDED if path == "embedded" else path, Path(path).name).split(" (")[0]

@@ -10,7 +10,7 @@ from typing import Any
 
 from come_pl.report.methods import Row, by_text, ground
 from come_pl.report.story import STAGES, Story, Tile, method_name, times
-from come_pl.report.style import number, plural
+from come_pl.report.style import amount, number, plural
 
 
 @dataclass
@@ -77,7 +77,7 @@ def trainings(story: Story) -> list[Table]:
         trained, whole, seconds = info.get("trained_parameters"), info.get("parameters"), info.get("seconds")
         share = "–"
         if isinstance(trained, int) and isinstance(whole, int):
-            share = f"{trained / 1e6:,.1f}M of {whole / 1e6:,.1f}M"
+            share = f"{amount(trained)} of {amount(whole)}"
         columns.append(
             {
                 "method": method_name(info),

@@ -12,6 +12,9 @@ from typing import Any
 
 from come_pl.models import EMBEDDED, PRETTY_NAMES, locate
 from come_pl.record import Record
+from come_pl.report.repair import repair_words
+from come_pl.report.style import amount, number, plural
+from come_pl.runs import RunError, read_run
 
 USE = """\
 ## Use
@@ -108,31 +111,45 @@ def pruned_card(info: Mapping[str, Any], record: Record) -> str:
     """Markdown of a pruned model's card, from the run's `run.json` and record."""
     merges = sum(not s.drops for s in record.steps)
     drops = len(record.steps) - merges
-    done = " and ".join(f"{n} {what}" for n, what in ((merges, "merges"), (drops, "drops")) if n)
-    story = [_pruning(info, f": {done}")]
+    done = " and ".join(plural(n, what) for n, what in ((merges, "merge"), (drops, "drop")) if n)
+    story = [_pruning(info, f": {done}", whole=record.layers <= info.get("target_layers", record.layers))]
     return _card(info, record.groups, "pruned", story, {"dense": "dense perplexity", "pruned": "this model"})
 
 
 def distilled_card(info: Mapping[str, Any], student: Mapping[str, Any]) -> str:
     """Markdown of a distilled model's card, from its `run.json` and that of the run that it began from."""
-    data = info["data"]
-    trained, whole = info["trained_parameters"] / 1e6, info["parameters"] / 1e6
-    story = [
-        *([_pruning(student)] if student.get("data") and "student" not in student else []),
-        f"Distilled from the dense model with the method {_method(info)} on {info['tokens_seen']} tokens of "
-        f"`{data['source']}` (windows of {data['seqlen']}, seed {info['seed']}); {trained:.1f}M of {whole:.1f}M "
-        "parameters were trained.",
-    ]
+    story = [_training(info)]
+    seen: list[str] = []
+    while "student" in student and student["student"].get("run") not in seen:  # distilled before
+        story.append(_training(student))
+        seen.append(student["student"].get("run"))
+        try:
+            student = read_run(Path(seen[-1]))
+        except (RunError, TypeError):
+            student = {}
+    if student.get("data"):
+        story.append(_pruning(student))
+    story = story[::-1]
     columns = {"dense": "dense perplexity", "before": "pruned", "after": "this model"}
     return _card(info, info["groups"], "distilled", story, columns)
 
 
-def _pruning(info: Mapping[str, Any], done: str = "") -> str:
-    data = info["data"]
+def _training(info: Mapping[str, Any]) -> str:
+    data, run = info["data"], (info.get("student") or {}).get("run")
     return (
+        f"Distilled from the dense model, beginning with the run `{run}`, with the method {_method(info)} on "
+        f"{info['tokens_seen']} tokens of `{data['source']}` (windows of {data['seqlen']}, seed {info['seed']}); "
+        f"{amount(info['trained_parameters'])} of {amount(info['parameters'])} parameters were trained."
+    )
+
+
+def _pruning(info: Mapping[str, Any], done: str = "", whole: bool = True) -> str:
+    data, repaired = info["data"], repair_words(info.get("refit"), whole)
+    said = (
         f"Made shallower by `come_pl` with the method {_method(info)}{done}. Calibrated on {data['tokens']} tokens of "
         f"`{data['source']}` (windows of {data['seqlen']}, seed {info.get('seed')})."
     )
+    return f"{said} {repaired}".rstrip()
 
 
 def _method(info: Mapping[str, Any]) -> str:
@@ -185,7 +202,7 @@ def _table(perplexity: Mapping[str, Mapping[str, Any]], columns: Mapping[str, st
     last = list(columns)[-1]
     for text, entry in perplexity.items():
         kept = f"{entry['dense'] / entry[last]:.1%}" if math.isfinite(entry[last]) else "0.0%"
-        values = " | ".join(f"{entry[key]:.2f}" for key in columns)
+        values = " | ".join(number(entry[key]) for key in columns)
         lines.append(f"| {text} | {entry['tokens']} | {values} | {kept} |")
     return [
         *lines,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 import re
 import shutil
@@ -59,10 +61,11 @@ def read_contender(text: str) -> Contender:
     A comma that is not followed by `OPTION=` belongs to the value: `reverse:layers=[1,2],label=first`.
 
     Raises:
-        BadMethod: not written like that. UnknownMethod: no method of that name.
+        BadMethod: not written like that, or an option that the method does not have. UnknownMethod: no method of that
+            name.
     """
     name, colon, rest = text.partition(":")
-    find(name)
+    known = [*inspect.signature(find(name)[1]).parameters, *OF_RUNS, "label"]
     options: dict[str, str] = {}
     for part in re.split(r",(?=\s*[\w-]+=)", rest) if colon else []:
         key, equals, value = part.strip().partition("=")
@@ -72,6 +75,10 @@ def read_contender(text: str) -> Contender:
                 f"method {text!r}: {part.strip()!r} is not an option; expected NAME:OPTION=VALUE,OPTION=VALUE"
                 + (" with each option once" if key in options else "")
             )
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise BadMethod(f"method {text!r} has no option {key!r}; its options: {', '.join(known)}{hint}")
         options[key] = value
     label = options.pop("label", name + (f" {', '.join(f'{k}={v}' for k, v in options.items())}" if options else ""))
     return Contender(name, tuple(options.items()), label)
