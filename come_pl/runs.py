@@ -8,13 +8,21 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from come_pl.record import versions, write_atomically
 
 RUN_FILE = "run.json"
+FRUITS = ("record.jsonl", "checkpoints/*", "model*")  # what a run has from its first finished step on
+# all that one may have before
+EARLY = {RUN_FILE, "logs", "weights", "checkpoints", "curves.csv", "validation.csv", ".scratch", ".writable"}
+# what says most about a difference between two runs, first
+TELLING = (
+    *("model.path", "student", "teacher", "method.name", "target_layers", "data.source", "data.tokens", "data.seqlen"),
+    *("model.dtype", "refit.parts", "seed"),
+)
 
 
 class RunError(ValueError):
@@ -35,48 +43,109 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 class Run:
     """A run folder. `info` is what `run.json` holds.
 
+    Within `with run:` a run that fails before its first finished step gives its folder free, and puts the run back that
+    it was to replace.
+
     Args:
         folder: made if it is not there.
         identity: everything that decides the result; a folder is gone on with only if its own is the same.
-        overwrite: empty the folder first.
+        overwrite: begin anew; the run in the folder is set aside until this one has finished a step (`settle`).
         main: whether this process writes.
+        reads: (option, path) of all that the run reads; none of it may be in the folder. Names that are no path pass.
 
     Raises:
-        RunError: the folder holds something else, or cannot be written.
+        RunError: the folder holds something else or what is to be read, or cannot be written.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], *, overwrite: bool = False, main: bool = True):
+    def __init__(
+        self,
+        folder: Path,
+        identity: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+        main: bool = True,
+        reads: Iterable[tuple[str, str]] = (),
+    ):
         self.folder, self.main = folder, main
+        self._place = folder.resolve()  # the folder may be a link, as `latest` is
+        self._aside = self._place.with_name(f".{self._place.name}.replaced")
         identity = json.loads(json.dumps(identity, default=str))  # as it will be read back
-        if main and overwrite and (folder / RUN_FILE).is_file():
-            shutil.rmtree(folder)
-        self._check(identity)
+        for option, path in reads:
+            self._keep_apart(option, path)
+        self.settle()  # what a kill left
+        try:
+            if main and overwrite and (folder / RUN_FILE).is_file():
+                self._place.rename(self._aside)
+            self._check(identity)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        except RunError:
+            self.settle()
+            raise
         self.resumed = (folder / RUN_FILE).is_file()
-        self.info: dict[str, Any] = read_run(folder) if self.resumed else {"status": "running", "identity": identity}
-        if not self.resumed:
+        self.info: dict[str, Any] = {"status": "running", "identity": identity}
+        if self.resumed:
+            self.info = read_run(folder)
+            self.info["status"] = "finished" if self.finished else "running"
+        else:
             self.update(command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), versions=versions())
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        with contextlib.suppress(OSError):  # what the run itself failed by is what to tell; the next start settles
+            if isinstance(error, Exception) and not _fruitful(self._place):
+                self.update(status="failed")
+            self.settle()
+
+    def settle(self) -> None:
+        """Keep one of the run and the one that it is to replace: the new one if it has finished a step, or the old."""
+        if not self.main or not self._aside.is_dir():
+            return
+        if not _fruitful(self._place) and (self._aside / RUN_FILE).is_file():
+            if self._place.exists():
+                shutil.rmtree(self._place)
+            self._aside.rename(self._place)
+            print(f"{self.folder}: the run that was there is back; the one to replace it had finished no step")
+        else:
+            (self._aside / RUN_FILE).unlink(missing_ok=True)  # first: what a kill leaves of it is not put back
+            shutil.rmtree(self._aside, ignore_errors=True)
+
+    def _keep_apart(self, option: str, path: str) -> None:
+        read = Path(path).expanduser()
+        there = read.resolve()
+        if read.exists() and self._place in (there, *there.parents):
+            what = "is what" if self._place == there else f"holds {path!r}, which"
+            raise RunError(f"output folder {str(self.folder)!r} {what} {option} reads; give another --output")
+
+    def _unwritable(self, error: OSError) -> RunError:
+        return RunError(
+            f"output folder {str(self.folder)!r} cannot be written ({error.strerror}); give another --output"
+        )
 
     def _check(self, identity: Mapping[str, Any]) -> None:
         folder = self.folder
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self._place.mkdir(parents=True, exist_ok=True)
             if self.main:
                 probe = folder / ".writable"
                 probe.write_text("x")
                 probe.unlink()
         except OSError as error:
-            raise RunError(
-                f"output folder {str(folder)!r} cannot be written ({error.strerror}); give another --output"
-            ) from None
+            raise self._unwritable(error) from None
         if (folder / RUN_FILE).is_file():
             theirs, ours = _flat(read_run(folder).get("identity", {})), _flat(identity)
-            different = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
-            if different:
-                key = different[0]
+            different = sorted((k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k)), key=_rank)
+            if different and _free(folder):
+                if self.main:
+                    shutil.rmtree(self._place)
+                    self._place.mkdir()
+            elif different:
                 more = f" and {len(different) - 1} more" if len(different) > 1 else ""
                 raise RunError(
-                    f"output folder {str(folder)!r} holds another run ({key} is {theirs.get(key)!r} there, "
-                    f"{ours.get(key)!r} here{more}); give another --output, or --overwrite to replace it"
+                    f"output folder {str(folder)!r} holds another run ({_difference(different[0], theirs, ours)}{more})"
+                    "; give another --output, or --overwrite to replace it"
                 )
         elif self.main and any(p.name != ".run.json.partial" for p in folder.iterdir()):
             raise RunError(
@@ -92,6 +161,8 @@ class Run:
         self.info |= entries
         if self.main:
             write_atomically(self.folder / RUN_FILE, json.dumps(self.info, indent=2, default=str) + "\n")
+        if self.finished:
+            self.settle()
 
     def make_latest(self) -> None:
         """Point `latest`, beside the folder, at it."""
@@ -103,12 +174,38 @@ class Run:
             os.replace(partial, link)
 
 
+def _fruitful(folder: Path) -> bool:
+    """Whether a run has finished a step there."""
+    return any(True for name in FRUITS for _ in folder.glob(name))
+
+
+def _free(folder: Path) -> bool:
+    """Whether a run folder holds nothing but the beginning of a run: no step, and no perplexity unless it failed."""
+    info = read_run(folder)
+    early = all(p.name in EARLY or p.name.endswith(".partial") for p in folder.iterdir())
+    begun = "identity" in info and (info.get("status") == "failed" or "perplexity" not in info)
+    return early and begun and not _fruitful(folder)
+
+
+def _rank(key: str) -> tuple[bool, int, str]:
+    return key.endswith("fingerprint"), TELLING.index(key) if key in TELLING else len(TELLING), key
+
+
+def _difference(key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    there, here = theirs.get(key), ours.get(key)
+    if key.endswith("fingerprint"):  # only where nothing else differs
+        return f"{key}, of the text cut into windows, is {str(there)[:8]} there, {str(here)[:8]} here"
+    return f"{key} is {there!r} there, {here!r} here"
+
+
 def read_run(folder: Path) -> dict[str, Any]:
     """Raises RunError: no run there, or one whose `run.json` is damaged."""
     try:
         return json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except OSError:
-        raise RunError(f"{str(folder)!r} holds no run of come_pl (no {RUN_FILE})") from None
+        above = folder.resolve().parent
+        hint = f"; the folder above it does: give {str(folder.parent)!r}" if (above / RUN_FILE).is_file() else ""
+        raise RunError(f"{str(folder)!r} holds no run of come_pl (no {RUN_FILE}){hint}") from None
     except ValueError:
         raise RunError(f"{str(folder / RUN_FILE)!r} is damaged; remove the folder and run again") from None
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from come_pl.decoder import family_of
 from come_pl.text import DataError, Split, is_streaming, iter_documents, iter_text
 
 if TYPE_CHECKING:
@@ -64,17 +65,22 @@ class TokenWindows:
         return hashlib.sha256(self.input_ids.numpy().tobytes() + self.mask.numpy().tobytes()).hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Cutter:
-    """Cuts text into windows of ``seqlen`` tokens, each begun by the BOS token when ``bos``."""
+    """Cuts text into windows of ``seqlen`` tokens, each begun by the BOS token when ``bos``.
+
+    Attributes:
+        found: Tokens of the text that was read last.
+    """
 
     tokenizer: "PreTrainedTokenizerBase"
     seqlen: int
     bos: bool = False
+    found: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        if self.seqlen < 1 + self.bos:
-            raise DataError(f"seqlen is {self.seqlen}: expected at least {1 + self.bos}")
+        if self.seqlen < 2:
+            raise DataError(f"seqlen is {self.seqlen}: expected at least 2, a token to read and one to predict")
         if self.bos and self.tokenizer.bos_token_id is None:
             raise DataError("bos is asked for, but the tokenizer has no BOS token: set it to False")
 
@@ -88,10 +94,12 @@ class Cutter:
         """Consecutive windows of a running text, ``(some, seqlen)`` at a time, tokenised as far as they are read."""
         least, most = CHUNK_CHARS
         chars = most if windows is None else min(max(windows * self.seqlen * CHARS_A_TOKEN, least), most)
-        body = self.seqlen - self.bos
+        body, self.found = self.seqlen - self.bos, 0
         ids: list[int] = []
         for text in _chunks(pieces, chars):
-            ids += self._ids(text)
+            new = self._ids(text)
+            self.found += len(new)
+            ids += new
             whole = len(ids) // body * body
             yield self._begun(torch.tensor(ids[:whole], dtype=torch.long).view(-1, body), self.tokenizer.bos_token_id)
             ids = ids[whole:]
@@ -121,7 +129,10 @@ class Cutter:
     def windows(self, ids: Tensor, mask: Tensor | None, source: str) -> TokenWindows:
         """Windows with their word count; ``mask`` is ``None`` where no window is padded."""
         if not len(ids):
-            raise DataError(f"{source} is too short for one window of {self.seqlen} tokens: lower seqlen or add text")
+            has = f" (it has {self.found})" if self.found < self.seqlen - self.bos else ""
+            raise DataError(
+                f"{source} is too short for one window of {self.seqlen} tokens{has}: lower seqlen or add text"
+            )
         keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
         return TokenWindows(ids, keep, source, partial(_count_words, self.tokenizer, ids, mask))
 
@@ -131,6 +142,28 @@ class Cutter:
 
     def _begun(self, rows: Tensor, value: Any) -> Tensor:
         return torch.cat([torch.full_like(rows[:, :1], value), rows], 1) if self.bos else rows
+
+
+def check_readable(windows: Iterable[TokenWindows], config: Any, model: str) -> None:
+    """Whether a model of this config can read the windows; one warning if they are longer than it was made for.
+
+    Raises:
+        DataError: A token that its embeddings have no row for, or more tokens than it has positions.
+    """
+    config, longest = config.get_text_config(decoder=True), 0
+    rows, positions = config.vocab_size, getattr(config, "max_position_embeddings", None)
+    for found in windows:
+        token, longest = int(found.input_ids.max()), max(longest, found.input_ids.shape[1])
+        if token >= rows:
+            raise DataError(
+                f"the tokenizer of {model!r} makes token {token} of {found.source}, and the model's embeddings have "
+                f"{rows} rows: expected the tokenizer that the model was trained with"
+            )
+    if positions is None or longest <= positions:
+        return
+    if family_of(config).name == "opt":  # positions are learned
+        raise DataError(f"seqlen is {longest}: {model!r} has positions for {positions} tokens, lower seqlen")
+    warnings.warn(f"seqlen {longest} is more than the {positions} tokens that {model!r} was made for", stacklevel=2)
 
 
 def _count_words(tokenizer: "PreTrainedTokenizerBase", ids: Tensor, mask: Tensor | None) -> int:

@@ -12,6 +12,7 @@ import torch
 from cli import exit_code, is_one_line
 from conftest import save_tiny, tiny_ids, tiny_model, tiny_text, tiny_tokenizer
 
+from come_pl import models
 from come_pl.cli.evaluate import evaluate_main
 from come_pl.evaluation import zeroshot
 from come_pl.evaluation.perplexity import BadWindows, perplexity, strided
@@ -133,8 +134,6 @@ def test_scores_are_those_of_lm_eval(home: Path) -> None:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    from come_pl import models
-
     manager = TaskManager(include_path=str(home / "tasks"), include_defaults=False)
     tasks = [zeroshot.TaskName("tiny_choice", 2), zeroshot.TaskName("tiny_group", 0)]
     runner = zeroshot.TaskRunner(tasks, home / "tasks")
@@ -220,6 +219,10 @@ def test_run_next_to_dense_then_again_from_the_cache(
     assert asked == ["tiny_choice"] * 2
 
 
+class Killed(BaseException):
+    """What no code of the package catches."""
+
+
 def test_killed_between_tasks_goes_on(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = workflow._score_of
     asked: list[str] = []
@@ -227,12 +230,12 @@ def test_killed_between_tasks_goes_on(home: Path, monkeypatch: pytest.MonkeyPatc
     def score(runner: Any, model: Any, tokenizer: Any, task: Any, **options: Any) -> dict[str, Any]:
         asked.append(task.name)
         if asked == ["tiny_choice", "mmlu_tiny"]:
-            raise KeyboardInterrupt
+            raise Killed
         return real(runner, model, tokenizer, task, **options)
 
     monkeypatch.setattr(workflow, "_score_of", score)
     words = ("dense", *SMALL, "--tasks", "tiny_choice", "mmlu_tiny", "--limit", 3, "--output", "out/dense.json")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         evaluated(monkeypatch, home, *words)
     assert list(json.loads((home / "out/dense.json").read_text())["tasks"]) == ["tiny_choice"]
     assert evaluated(monkeypatch, home, *words) == 0
@@ -252,6 +255,55 @@ def test_bos_and_strides(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "strided by 5, each begun with BOS" in (home / "gemma.md").read_text()
 
 
+def test_a_second_call_adds_to_the_file(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    tiny_text(home / "other.txt", seed=3)
+    file = home / "both" / "eval.json"
+
+    def call(*words: object, model: str = "run") -> dict[str, Any]:
+        capsys.readouterr()
+        assert evaluated(monkeypatch, home, model, *SMALL, "--output", file, *words) == 0
+        return json.loads(file.read_text())
+
+    first = call("--tasks", "tiny_choice", "--limit", 6)
+    second = call("--texts", "none", "--tasks", "mmlu_tiny=1", "--limit", 3)
+    assert second["perplexity"] == first["perplexity"] and second["settings"]["seqlen"] == 16
+    assert second["tasks"]["tiny_choice"] == first["tasks"]["tiny_choice"]
+    assert {name: task["limit"] for name, task in second["tasks"].items()} == {"tiny_choice": 6, "mmlu_tiny": 3}
+    assert second["average"]["tasks"] == 2
+    third = call("--texts", "other.txt", "--tasks", "none")
+    assert list(third["perplexity"]) == ["text.txt", "other.txt"] and third["tasks"] == second["tasks"]
+    assert third["versions"]["lm_eval"] and third["average"] == second["average"]
+    assert "replaced" not in capsys.readouterr().out
+    page = file.with_suffix(".md").read_text()
+    assert all(name in page for name in ("text.txt", "other.txt", "tiny_choice", "mmlu_tiny", "average"))
+    again = call("--tasks", "tiny_choice", "--texts", "none", "--limit", 2)["tasks"]
+    assert again["tiny_choice"]["model"]["samples"] == 2 and again["mmlu_tiny"] == second["tasks"]["mmlu_tiny"]
+
+    other = call("--tasks", "none", "--seqlen", 8)
+    assert list(other["perplexity"]) == ["text.txt"] and other["tasks"] == again
+    assert "eval.json: perplexity measured with seqlen 16 is replaced\n" in capsys.readouterr().out
+    new = call("--tasks", "none", model="dense")
+    assert list(new["perplexity"]) == ["text.txt"] and not new["tasks"] and "average" not in new
+    assert "eval.json: replaced, as it was of another model" in capsys.readouterr().out
+
+
+def test_a_file_that_is_no_result_is_replaced(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for content in ("", "[]", '{"model": {}}', '{"perplexity": 1, "settings": [], "tasks": {}}'):
+        (home / "junk.json").write_text(content)
+        assert evaluated(monkeypatch, home, "dense", *SMALL, "--tasks", "none", "--output", "junk.json") == 0
+        assert json.loads((home / "junk.json").read_text())["perplexity"]["text.txt"]
+
+
+def test_the_model_is_looked_for_before_lm_eval_is_read(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(workflow, "TaskRunner", lambda *_: pytest.fail("slow"))
+    assert evaluated(monkeypatch, home, "./nope") == 2
+    assert is_one_line(capsys.readouterr().err, "model path './nope' does not exist")
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -266,6 +318,13 @@ def test_bos_and_strides(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["dense", "--device", "toaster"], "device 'toaster' cannot be used"),
         (["dense", "--dense", "other"], "expected the model that it was made from"),
         (["empty"], "run folder 'empty' has no model/"),
+        (["dense", "--seqlen", "1"], "seqlen is 1: expected at least 2"),
+        (["dense", "--dtype", "float7"], "dtype 'float7' is not known"),
+        (["dense", "--texts", "none", "--tasks", "none"], "nothing to measure: --texts none and --tasks none"),
+        (["small"], "the tokenizer of 'small' makes token"),
+        (["dense", "--output", "data"], "output 'data' cannot be written (it is a folder)"),
+        (["dense", "--output", "text.txt/e.json"], "output 'text.txt/e.json' cannot be written ('"),
+        (["dense", "--tasks", "tiny_choice", "--output", "text.txt/e.json"], "output 'text.txt/e.json' cannot be"),
         ([], "model"),
     ],
 )
@@ -274,13 +333,18 @@ def test_bad_input_is_one_line(
 ) -> None:
     if words[-1:] == ["other"]:
         save_tiny(home / "other", vocab_size=99)
+    if words == ["small"]:
+        save_tiny(home / "small", vocab_size=50)
+    if "--dense" not in words:
+        monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("a model is loaded before"))
     if words == ["empty"]:
         Run(home / "empty", {})
     rest = [word for word in SMALL if word not in ("--device", "cpu")]
     rest += [] if "--tasks" in words else ["--tasks", "tiny_choice"]
     if "--include_path" in words:
         rest = rest[: rest.index("--include_path")] + rest[rest.index("--include_path") + 2 :]
-    assert evaluated(monkeypatch, home, *words[:1], *rest, *words[1:], "--output", "bad/eval.json") == 2
+    rest += [] if "--output" in words else ["--output", "bad/eval.json"]
+    assert evaluated(monkeypatch, home, *words[:1], *rest, *words[1:]) == 2
     error = capsys.readouterr().err
     assert is_one_line(error, expected)
     assert not (home / "bad").exists()

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from conftest import save_tiny
 
 from come_pl.cli.common import normalise, scan
 from come_pl.cli.prune import ALIASES, LISTS, SWITCHES, prune_main
-from come_pl.runs import read_run
+from come_pl.runs import Run, read_run
 
 SMALL = ("--data.tokens", 512, "--data.seqlen", 32, "--evaluation.tokens", 512, "--seed", 3)
 
@@ -44,6 +45,7 @@ def done(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     result = run("prune.py", *basic(tiny, text, folder / "run"), "--continue-saving", cwd=folder)
     assert result.returncode == 0, result.stderr
     assert "6 → 3" in result.stdout and "perplexity" in result.stdout
+    (folder / "said.txt").write_text(result.stdout)
     return folder / "run"
 
 
@@ -84,6 +86,11 @@ def test_everything_is_written(done: Path, tiny: Path) -> None:
     assert len(logged) == 4 and {"layers", "loss", "kl"} <= set(logged[0].split(","))
     card = (done / "model" / "README.md").read_text()
     assert "6 → 3 layers" in card and "AutoModelForCausalLM" in card
+
+
+def test_models_on_the_way_are_said_to_be_unrepaired(done: Path) -> None:
+    said = (done.parent / "said.txt").read_text()
+    assert "--continue_saving: repairs come at the end; models of depths on the way are saved without them" in said
 
 
 def test_the_saved_model_is_stock(done: Path) -> None:
@@ -207,7 +214,9 @@ def refuse(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *argu
         (("--target_layers", 3, "--data.calibration", "no/such.txt"), "no/such.txt"),
         (("--target_layers", 3, "--data.tokens", 8, "--data.seqlen", 32), "tokens"),
         (("--target_layers", 3, "--trainer.strategy", "nonsense"), "nonsense"),
+        (("--target_layers", 3, "--data.seqlen", 1), "seqlen is 1: expected at least 2"),
         (("--target_layers", 3, "--model.dtype", "float7"), "float7"),
+        (("--target_layers", 3, "--method", "reverse", "--retain_layer", 9), "retain_layer 9: the model has layers 0"),
         (("--target_layers", "three"), "three"),
         (("--target_layers", 3, "--no_such_option", 1), "no_such_option"),
         (("--config", "no_such.yaml"), "no_such.yaml"),
@@ -225,7 +234,7 @@ def test_bad_settings(
     output = tmp_path / "run"
     fixed = ["--model.path", tiny, "--data.calibration", text, "--evaluation.data", text, "--output", output, *SMALL]
     assert expected in refuse(capsys, monkeypatch, *fixed, *arguments)
-    assert not list(output.glob("model*"))
+    assert not output.exists()
 
 
 def test_model_that_is_not_there(
@@ -235,8 +244,10 @@ def test_model_that_is_not_there(
     assert "does not exist" in refuse(capsys, monkeypatch, "--model.path", tmp_path / "nothing", *output)
     assert "no config.json" in refuse(capsys, monkeypatch, "--model.path", tmp_path, *output)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "cannot be reached" in refuse(capsys, monkeypatch, "--model.path", "nobody/nothing", *output)
-    assert "is not installed" in refuse(capsys, monkeypatch, "--model.path", "package:no_such_package", *output)
+    unreachable = refuse(capsys, monkeypatch, "--model.path", "nobody/nothing", *output)
+    absent = refuse(capsys, monkeypatch, "--model.path", "package:no_such_package", *output)
+    assert "cannot be reached" in unreachable and "is not installed" in absent
+    assert "--model.path" not in unreachable + absent, "other commands have no such option"
     assert not (tmp_path / "run").exists()
 
 
@@ -264,12 +275,127 @@ def test_weights_that_are_not_finite(
     assert not (tmp_path / "run" / "model").exists()
 
 
+def _cut(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4000])
+
+
+def _pickle(content: bytes) -> Callable[[Path], None]:
+    def broken(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / "pytorch_model.bin").write_bytes(content)
+
+    return broken
+
+
+def _forget_tokenizer(folder: Path) -> None:
+    for file in folder.glob("*token*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (_cut, "model.safetensors' is no whole safetensors file: it ends before"),
+        (_pickle(b""), "cannot be read: a file of it is damaged or cut short"),
+        (_pickle(b"junk\n"), "cannot be read: a file of it is damaged or cut short"),
+        (_pickle(b"PK\x03\x04" + bytes(99)), "cannot be read: PytorchStreamReader failed"),
+        (_forget_tokenizer, "has no tokenizer; copy tokenizer.json and tokenizer_config.json of its base model"),
+    ],
+)
+def test_model_that_is_damaged_leaves_the_run_that_was_there(
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny: Path,
+    text: Path,
+    done: Path,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    expected: str,
+) -> None:
+    broken = shutil.copytree(tiny, tmp_path / "broken")
+    output = shutil.copytree(done, tmp_path / "run")
+    damage(broken)
+    line = refuse(capsys, monkeypatch, *basic(broken, text, output), "--overwrite")
+    assert str(broken) in line and expected in line
+    assert weights(output) == weights(done) and read_run(output) == read_run(done)
+    assert {p.name for p in tmp_path.iterdir()} == {"broken", "run"}
+
+
+def test_overwrite_replaces_with_the_first_step(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tiny: Path, text: Path, done: Path, tmp_path: Path
+) -> None:
+    output = shutil.copytree(done, tmp_path / "run")
+    one = *basic(tiny, text, output), "--overwrite", "--trainer.max_steps", 1
+    seen: list[bool] = []
+    settle = Run.settle
+
+    def watched(self: Run) -> None:
+        seen.append((tmp_path / ".run.replaced").exists())
+        settle(self)
+
+    monkeypatch.setattr(Run, "settle", watched)
+    assert exit_code(prune_main, "prune.py", *one, monkeypatch=monkeypatch) == 0
+    assert seen == [False, True, False] and len(records(output)) == 1 and not (output / "model").exists()
+
+
+@pytest.mark.parametrize("option", ["--model.path", "--data.calibration", "--evaluation.data"])
+def test_overwrite_of_what_is_read(
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny: Path,
+    text: Path,
+    done: Path,
+    tmp_path: Path,
+    option: str,
+) -> None:
+    output = shutil.copytree(done, tmp_path / "run")
+    file = shutil.copyfile(text, output / "words.txt")
+    read = output if option == "--model.path" else file
+    words = *basic(tiny, text, output), "--target_layers", 2, "--overwrite", option, read
+    line = refuse(capsys, monkeypatch, *words)
+    assert f"{option} reads; give another --output" in line
+    assert weights(output) == weights(done) and file.is_file()
+
+
+def test_a_corrected_command_goes_into_the_same_folder(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    broken = shutil.copytree(tiny, tmp_path / "broken")
+    _cut(broken)
+    refuse(capsys, monkeypatch, *basic(broken, text, tmp_path / "run"))
+    words = *basic(tiny, text, tmp_path / "run"), "--method", "reverse", "--samples", "false"
+    assert exit_code(prune_main, "prune.py", *words, monkeypatch=monkeypatch) == 0
+
+
+def test_tokens_without_embeddings(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, text: Path, tmp_path: Path
+) -> None:
+    small = save_tiny(tmp_path / "small", layers=4, vocab_size=50)
+    line = refuse(capsys, monkeypatch, *basic(Path(small), text, tmp_path / "run"))
+    assert f"tokenizer of {small!r} makes token" in line and "embeddings have 50 rows" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_windows_longer_than_the_model_was_made_for(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, text: Path, tmp_path: Path
+) -> None:
+    opt = save_tiny(tmp_path / "opt", "opt", layers=4)
+    line = refuse(capsys, monkeypatch, *basic(Path(opt), text, tmp_path / "run"), "--evaluation.seqlen", 65)
+    assert f"seqlen is 65: {opt!r} has positions for 64 tokens" in line and not (tmp_path / "run").exists()
+    rotary = save_tiny(tmp_path / "llama", layers=4, max_position_embeddings=31)
+    words = *basic(Path(rotary), text, tmp_path / "run"), "--method", "reverse", "--samples", "false"
+    with pytest.warns(UserWarning, match="seqlen 32 is more than the 31 tokens"):
+        assert exit_code(prune_main, "prune.py", *words, monkeypatch=monkeypatch) == 0
+
+
 def test_text_too_short(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tiny: Path, text: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "short.txt").write_text("w1 w2 w3")
     arguments = basic(tiny, text, tmp_path / "run")
-    assert "short.txt" in refuse(capsys, monkeypatch, *arguments, "--data.calibration", tmp_path / "short.txt")
+    line = refuse(capsys, monkeypatch, *arguments, "--data.calibration", tmp_path / "short.txt")
+    assert "short.txt is too short for one window of 32 tokens (it has 3)" in line
     assert not (tmp_path / "run" / "model").exists()
 
 

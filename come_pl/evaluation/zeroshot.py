@@ -142,7 +142,7 @@ class TaskRunner:
                 task_manager=self.manager,
                 log_samples=False,
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:  # data that is not there, a broken task file
+        except (OSError, ValueError, LookupError, RuntimeError) as error:  # data that is not there, a broken task file
             first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise TaskError(f"task {task.name!r} cannot be run: {type(error).__name__}: {first.strip()}") from error
         entry = found["results"].get(task.name) or found.get("groups", {}).get(task.name, {})

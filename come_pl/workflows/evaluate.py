@@ -1,10 +1,12 @@
-"""Perplexity and tasks of one model, next to the dense one; what was measured before is not measured again."""
+"""Perplexity and tasks of one model, next to the dense one; what was measured before is not measured again, and stays
+in the file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from come_pl.evaluation.zeroshot import TASKS, TaskError, TaskRunner, read_task
 from come_pl.record import versions, write_atomically
 from come_pl.report.style import number
 from come_pl.runs import RunError
+from come_pl.windows import check_readable
 from come_pl.workflows.subject import described, device_of, read_pair
 from come_pl.workflows.tables import markdown, write_json
 
@@ -68,7 +71,8 @@ def evaluate(
     """Measure a model, and write `eval.json` and `eval.md`, in its run folder if it has one, after every result.
 
     Each result is kept in `cache` by the model's hash and all that decides it, so that the same command goes on after
-    a kill, and a dense model is measured once for all that came from it.
+    a kill, and a dense model is measured once for all that came from it. Texts and tasks that the file has of earlier
+    calls stay there, if they were measured on the same models and the texts in the same windows.
 
     Args:
         model: A run folder, a folder with a checkpoint, a .gguf file or a hub id.
@@ -94,15 +98,22 @@ def evaluate(
     for name, value in {"tokens": tokens, "seqlen": seqlen, "batch_size": batch_size, "limit": limit}.items():
         if value is not None and value < 1:
             raise RunError(f"{name} {value}: expected at least 1")
-    asked = [read_task(task) for task in _chosen(tasks, TASKS)]
-    runner = TaskRunner(asked, include_path) if asked else None
+    asked, sources = [read_task(task) for task in _chosen(tasks, TASKS)], _chosen(texts, ("embedded",))
+    if not asked and not sources:
+        raise RunError("nothing to measure: --texts none and --tasks none; give a text or a task")
+    models.resolve_dtype(dtype, accelerated=False)
     subject, reference = read_pair(model, dense)
     where = device_of(device)
     store = Cache(cache, refresh)
     tokenizer = models.load_tokenizer(subject.path)
     config = models.load_config(subject.path).get_text_config(decoder=True)
     bos = models.needs_bos(config, tokenizer)
-    texts_cut = {text: Text.cut(text, tokenizer, tokens, seqlen, stride, bos) for text in _chosen(texts, ("embedded",))}
+    texts_cut = {text: Text.cut(text, tokenizer, tokens, seqlen, stride, bos) for text in sources}
+    for one in (subject, reference) if reference else (subject,):
+        check_readable([text.source for text in texts_cut.values()], models.load_config(one.path), one.path)
+    file = output or subject.output(ROOT, "eval")
+    _check_writable(file)
+    runner = TaskRunner(asked, include_path) if asked else None  # last: lm-eval takes long to import
     loaded = {"model": subject.load(dtype, where)}
     if reference is not None:
         loaded["dense"] = reference.load(dtype, where)
@@ -112,7 +123,6 @@ def evaluate(
                 f"--dense {reference.path!r} has {sizes['dense']} tokens, {subject.path!r} has {sizes['model']}: "
                 "expected the model that it was made from"
             )
-    file = output or subject.output(ROOT, "eval")
     paths = {"model": subject.path, "dense": reference.path if reference else ""}
     windows = {"seqlen": seqlen, "stride": stride, "bos": bos}
     info: dict[str, Any] = {
@@ -124,6 +134,7 @@ def evaluate(
         "tasks": {},
         "failed": {},
     }
+    _take_over(file, info, texts=bool(sources))
 
     def key(which: str) -> dict[str, Any]:
         return {"model": info[which]["fingerprint"], "dtype": info[which]["dtype"], "device": where.type}
@@ -134,7 +145,6 @@ def evaluate(
 
     for text in texts_cut:
         entry: dict[str, Any] = {}
-        info["perplexity"][text] = entry
         for which, measured in loaded.items():
             other = loaded.get("dense") if which == "model" else None
             identity = key(which) | text_key(text, other is not None)
@@ -144,10 +154,11 @@ def evaluate(
             )
         if "dense" in entry:
             entry["quality_kept"] = _share(entry["dense"]["token"], entry["model"]["token"])
+        info["perplexity"][text] = entry
         _write(file, info)
     for task in asked:
         assert runner is not None
-        scores: dict[str, Any] = {"shots": task.shots}
+        scores: dict[str, Any] = {"shots": task.shots, "limit": limit}
         try:
             for which, measured in loaded.items():
                 ask = partial(_score_of, runner, measured, tokenizer, task, limit=limit, batch_size=batch_size)
@@ -164,6 +175,48 @@ def evaluate(
     print(report(info))
     print(f"written to {file}")
     return info
+
+
+def _check_writable(file: Path) -> None:
+    """Raises RunError: no result can be written there."""
+    above = next(folder for folder in file.absolute().parents if folder.exists())
+    free = above.is_dir() and os.access(above, os.W_OK)
+    if file.is_dir() or not free:
+        why = "it is a folder" if file.is_dir() else f"{str(above)!r} is no folder that can be written"
+        raise RunError(f"output {str(file)!r} cannot be written ({why}); give --output a FILE.json")
+
+
+def _take_over(file: Path, info: dict[str, Any], texts: bool) -> None:
+    """Put into `info` what the file has of earlier calls; what does not go with it is told and left out.
+
+    Args:
+        texts: whether there are texts to measure now, and in `info` the settings of their windows.
+    """
+    try:
+        old = json.loads(file.read_text(encoding="utf-8"))
+        same, settings, known = _models(old) == _models(info), dict(old["settings"]), dict(old["perplexity"])
+        scored = {name: {"limit": settings.get("limit")} | task for name, task in old["tasks"].items()}
+        lm_eval = old["versions"].get("lm_eval")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # none, or of another kind
+    if not same:
+        print(f"{file}: replaced, as it was of another model or dense model, or of another dtype")
+        return
+    windows = {name: settings.get(name) for name in info["settings"] if name != "limit"}
+    if not texts:
+        info["settings"] |= windows
+    if known and not windows.items() <= info["settings"].items():
+        said = ", ".join(f"{name} {value}" for name, value in windows.items() if value != info["settings"][name])
+        print(f"{file}: perplexity measured with {said} is replaced")
+        known = {}
+    if scored and info["versions"].setdefault("lm_eval", lm_eval) != lm_eval:
+        print(f"{file}: tasks measured with lm-eval {lm_eval} are replaced")
+        scored = {}
+    info |= {"perplexity": known, "tasks": scored} | ({"average": average(scored)} if scored else {})
+
+
+def _models(info: Mapping[str, Any]) -> list[Any]:
+    return [info.get(which) and [info[which][key] for key in ("fingerprint", "dtype")] for which in ("model", "dense")]
 
 
 @dataclass

@@ -21,11 +21,14 @@ from come_pl.offload import move
 from come_pl.pruning.last_layers import affordable
 from come_pl.pruning.loop import ProgressivePruning, PruningBar, log_step, retires
 from come_pl.pruning.methods import find
+from come_pl.pruning.methods.drops import OneShot
 from come_pl.pruning.methods.shortest_path import BRIDGE
 from come_pl.pruning.module import PruningModule
 from come_pl.pruning.refit import Refit
 from come_pl.record import Meter, Record
+from come_pl.report.style import amount, number
 from come_pl.runs import RUN_FILE, Run, RunError, check_space, digest, target_depth
+from come_pl.windows import check_readable
 from come_pl.workflows.card import licence_files, pruned_card
 from come_pl.workflows.report import ask, finish
 from come_pl.workflows.texts import EvaluationText, evaluation_windows, measure
@@ -65,17 +68,21 @@ def prune(
     evaluation = evaluation or EvaluationText()
     name, method_class = find(method)
     config = models.load_config(module.path).get_text_config(decoder=True)
+    models.resolve_dtype(module.dtype_name, accelerated=False)
     last = affordable(Decoder(models.on_meta(config)).geometry, module.offload != "none")
     refit = (refit or Refit("none")).resolved(name, family_of(config), last)
     options = _selecting(dict(options), refit)
     chosen = method_class(**options)
     target = target_depth(config.num_hidden_layers, target_layers, sparsity)
     chosen.check(family_of(config), config.num_hidden_layers, config.num_hidden_layers - target)
+    if isinstance(chosen, OneShot):
+        chosen.held_back(config.num_hidden_layers)
     on_the_way = set(evaluation.at) if chosen.progressive and not refit.ends else set()
     tokenizer = models.load_tokenizer(module.path)
     bos = models.needs_bos(config, tokenizer)
     windows = data.attach(tokenizer, bos=bos, seed=seed)
     texts = evaluation_windows(evaluation, tokenizer, bos, data.seqlen) if main else {}
+    check_readable([windows, *texts.values()], config, module.path)
     identity = {
         "model": {
             "path": module.path,
@@ -92,125 +99,134 @@ def prune(
     output = output or ROOT / f"{_slug(module.path)}-{name}-{target}-{digest(identity)}"
     if resume and not (output / RUN_FILE).is_file():
         raise RunError(f"--resume: {str(output)!r} holds no run to go on with; run without --resume")
-    run = Run(output, identity, overwrite=overwrite, main=main)
+    reads = [("--model.path", module.path), ("--data.calibration", data.calibration)]
+    reads += [("--evaluation.data", text) for text in evaluation.data]
+    run = Run(output, identity, overwrite=overwrite, main=main, reads=reads)
     if run.finished:
         print(f"{output} is finished already; --overwrite runs it again")
         print(summary(run.info))
         return output
-    meter = Meter()
-    scratch = output / SCRATCH / str(rank)
-    model = models.load_model(module.path, module.dtype_name, module.offload, scratch / "weights")
-    loading = meter.seconds
-    size = next(model.parameters()).element_size()
-    bytes_left = models.parameter_count(model) * size
-    needed = 1.1 * bytes_left * ((config.num_hidden_layers - target) if continue_saving else 1)
-    if module.offload == "disk" or retires(chosen, refit):  # new layers, or dense ones: at most all
-        needed += bytes_left
-    if module.cache == "disk":  # streams of the dense model and of the pruned one
-        needed += 2 * size * windows.input_ids.numel() * config.hidden_size * (config.num_hidden_layers + 1)
-    check_space(output, needed / 2**30)
+    with run:
+        meter = Meter()
+        scratch = output / SCRATCH / str(rank)
+        model = models.load_model(module.path, module.dtype_name, module.offload, scratch / "weights")
+        loading = meter.seconds
+        size = next(model.parameters()).element_size()
+        bytes_left = models.parameter_count(model) * size
+        needed = 1.1 * bytes_left * ((config.num_hidden_layers - target) if continue_saving else 1)
+        if module.offload == "disk" or retires(chosen, refit):  # new layers, or dense ones: at most all
+            needed += bytes_left
+        if module.cache == "disk":  # streams of the dense model and of the pruned one
+            needed += 2 * size * windows.input_ids.numel() * config.hidden_size * (config.num_hidden_layers + 1)
+        check_space(output, needed / 2**30)
 
-    record_file = output / "record.jsonl"
-    layers = config.num_hidden_layers
-    record = Record.read(record_file, layers) if record_file.is_file() else Record(layers, record_file)
-    fingerprint = models.fingerprint(model)
-    if run.resumed and run.info.get("model", {}).get("fingerprint", fingerprint) != fingerprint:
-        raise RunError(
-            f"the weights of {module.path!r} are not those that the run in {str(output)!r} began with; give another "
-            "--output, or --overwrite to replace it"
-        )
-    if main:
-        if run.resumed and record.steps:
-            print(f"going on from step {len(record.steps)}: {record.layers} of {layers} layers left")
+        record_file = output / "record.jsonl"
+        layers = config.num_hidden_layers
+        record = Record.read(record_file, layers) if record_file.is_file() else Record(layers, record_file)
+        fingerprint = models.fingerprint(model)
+        if run.resumed and run.info.get("model", {}).get("fingerprint", fingerprint) != fingerprint:
+            raise RunError(
+                f"the weights of {module.path!r} are not those that the run in {str(output)!r} began with; give "
+                "another --output, or --overwrite to replace it"
+            )
+        if main:
+            if continue_saving and refit.ends:
+                print("--continue_saving: repairs come at the end; models of depths on the way are saved without them")
+            if run.resumed and record.steps:
+                print(f"going on from step {len(record.steps)}: {record.layers} of {layers} layers left")
+            run.update(
+                model={
+                    "path": module.path,
+                    "fingerprint": fingerprint,
+                    "layers": layers,
+                    "parameters": models.parameter_count(model),
+                    "dtype": str(model.dtype).removeprefix("torch."),
+                },
+                method={"name": name, **options},
+                refit=refit.settings,
+                data={
+                    "source": windows.source,
+                    "tokens": windows.tokens,
+                    "windows": len(windows),
+                    "seqlen": data.seqlen,
+                    "fingerprint": windows.fingerprint,
+                },
+                target_layers=target,
+                seed=seed,
+            )
+        device = trainer.strategy.root_device
+        if main and "perplexity" not in run.info:
+            meter = Meter(device)
+            run.update(perplexity=measure(move(model, device), texts, "dense"), seconds={"load": round(loading, 2)})
+            run.info["seconds"]["dense_perplexity"] = round(meter.seconds, 2)
+        module.attach(model, record, needs=chosen.needs, span=chosen.span, scratch=scratch / "streams")
+
+        def save(folder: Path, pruned: dict[str, Any] | None) -> None:
+            card = pruned_card(run.info | {"perplexity": pruned or {}}, record)
+            models.save_model(module.student_model, folder, tokenizer, card, licence_files(module.path))
+
+        def after_step(_: PruningModule) -> None:
+            run.settle()
+            folder = output / f"model-{record.layers}"
+            if continue_saving and record.layers > target and not folder.exists():
+                save(folder, None)
+            depths = run.info.get("depths", {})
+            if record.layers in on_the_way and record.layers > target and str(record.layers) not in depths:
+                found = measure(module.student_model, texts, "pruned", run.info["perplexity"])
+                run.update(depths=depths | {str(record.layers): {"perplexity": found} | costs(record)})
+
+        if record.layers > target:
+            if not trainer.loggers:
+                trainer.loggers = default_loggers(output)
+            for step in record.steps:  # the CSV logger begins a new file
+                log_step(trainer, step)
+            if main and record.steps:
+                after_step(module)  # if it was killed between a step and its model
+            trainer.callbacks.append(ProgressivePruning(chosen, target, after_step, refit))  # type: ignore[attr-defined]
+            bars = [PruningBar() if isinstance(c, ProgressBar) else c for c in trainer.callbacks]  # type: ignore[attr-defined]
+            trainer.callbacks = bars  # type: ignore[attr-defined]
+            trainer.fit(module, datamodule=data)
+        if not main:
+            return None
+        if record.layers > target:
+            print(
+                f"stopped at {record.layers} layers, before the target of {target}; the same command goes on from here"
+            )
+            return output
+        cost = costs(record)
+        measured = measure(move(module.student_model, device), texts, "pruned", run.info["perplexity"])
+        seconds = run.info.get("seconds", {}) | {"prune": cost["seconds"]}
+        move(module.student_model, "cpu")
+        save(output / "model", measured)
+        parameters = {
+            "dense": run.info["model"]["parameters"],
+            "pruned": models.parameter_count(module.student_model),
+            "layer": Decoder(model).layer_parameters,
+        }
         run.update(
-            model={
-                "path": module.path,
-                "fingerprint": fingerprint,
-                "layers": layers,
-                "parameters": models.parameter_count(model),
-                "dtype": str(model.dtype).removeprefix("torch."),
-            },
-            method={"name": name, **options},
-            refit=refit.settings,
-            data={
-                "source": windows.source,
-                "tokens": windows.tokens,
-                "windows": len(windows),
-                "seqlen": data.seqlen,
-                "fingerprint": windows.fingerprint,
-            },
-            target_layers=target,
-            seed=seed,
+            perplexity=measured,
+            seconds=seconds,
+            peak_gib=cost["peak_gib"],
+            parameters=parameters,
+            devices=trainer.world_size,
+            groups=record.groups,
+            scales=record.scales,
         )
-    device = trainer.strategy.root_device
-    if main and "perplexity" not in run.info:
-        meter = Meter(device)
-        run.update(perplexity=measure(move(model, device), texts, "dense"), seconds={"load": round(loading, 2)})
-        run.info["seconds"]["dense_perplexity"] = round(meter.seconds, 2)
-    module.attach(model, record, needs=chosen.needs, span=chosen.span, scratch=scratch / "streams")
-
-    def save(folder: Path, pruned: dict[str, Any] | None) -> None:
-        card = pruned_card(run.info | {"perplexity": pruned or {}}, record)
-        models.save_model(module.student_model, folder, tokenizer, card, licence_files(module.path))
-
-    def after_step(_: PruningModule) -> None:
-        folder = output / f"model-{record.layers}"
-        if continue_saving and record.layers > target and not folder.exists():
-            save(folder, None)
-        depths = run.info.get("depths", {})
-        if record.layers in on_the_way and record.layers > target and str(record.layers) not in depths:
-            found = measure(module.student_model, texts, "pruned", run.info["perplexity"])
-            run.update(depths=depths | {str(record.layers): {"perplexity": found} | costs(record)})
-
-    if record.layers > target:
-        if not trainer.loggers:
-            trainer.loggers = default_loggers(output)
-        for step in record.steps:  # the CSV logger begins a new file
-            log_step(trainer, step)
-        if main and record.steps:
-            after_step(module)  # if it was killed between a step and its model
-        trainer.callbacks.append(ProgressivePruning(chosen, target, after_step, refit))  # type: ignore[attr-defined]
-        bars = [PruningBar() if isinstance(c, ProgressBar) else c for c in trainer.callbacks]  # type: ignore[attr-defined]
-        trainer.callbacks = bars  # type: ignore[attr-defined]
-        trainer.fit(module, datamodule=data)
-    if not main:
-        return None
-    if record.layers > target:
-        print(f"stopped at {record.layers} layers, before the target of {target}; the same command goes on from here")
+        run.update(status="finished")
+        if samples and module.offload == "disk":
+            samples = False  # a word would read the whole model
+            print(
+                f"no continuations with --offload disk; `come-report {output} --samples` makes them, with models "
+                "in memory"
+            )
+        loaders = {"dense": lambda: move(model, device), "pruned": lambda: move(module.student_model, device)}
+        finish(output, partial(ask, output, loaders, tokenizer) if samples else None)
+        shutil.rmtree(output / SCRATCH, ignore_errors=True)
+        if output.parent.resolve() == ROOT.resolve():
+            run.make_latest()
+        print(summary(run.info))
+        print(f"written to {output}")
         return output
-    cost = costs(record)
-    measured = measure(move(module.student_model, device), texts, "pruned", run.info["perplexity"])
-    seconds = run.info.get("seconds", {}) | {"prune": cost["seconds"]}
-    move(module.student_model, "cpu")
-    save(output / "model", measured)
-    parameters = {
-        "dense": run.info["model"]["parameters"],
-        "pruned": models.parameter_count(module.student_model),
-        "layer": Decoder(model).layer_parameters,
-    }
-    run.update(
-        perplexity=measured,
-        seconds=seconds,
-        peak_gib=cost["peak_gib"],
-        parameters=parameters,
-        devices=trainer.world_size,
-        groups=record.groups,
-        scales=record.scales,
-    )
-    run.update(status="finished")
-    if samples and module.offload == "disk":
-        samples = False  # a word would read the whole model
-        print(
-            f"no continuations with --offload disk; `come-report {output} --samples` makes them, with models in memory"
-        )
-    loaders = {"dense": lambda: move(model, device), "pruned": lambda: move(module.student_model, device)}
-    finish(output, partial(ask, output, loaders, tokenizer) if samples else None)
-    shutil.rmtree(output / SCRATCH, ignore_errors=True)
-    if output.parent.resolve() == ROOT.resolve():
-        run.make_latest()
-    print(summary(run.info))
-    print(f"written to {output}")
-    return output
 
 
 def costs(record: Record) -> dict[str, float]:
@@ -253,12 +269,12 @@ def summary(info: Mapping[str, Any]) -> str:
     layers: Sequence[Any] = info["groups"]
     lines = [
         f"layers      {info['model']['layers']} → {len(layers)}",
-        f"parameters  {parameters['dense'] / 1e6:.1f}M → {parameters['pruned'] / 1e6:.1f}M (−{removed:.0%})",
+        f"parameters  {amount(parameters['dense'])} → {amount(parameters['pruned'])} (−{removed:.0%})",
     ]
     for name, entry in info["perplexity"].items():
         lines.append(
-            f"perplexity  {entry['dense']:.2f} → {entry['pruned']:.2f} ({entry['pruned'] / entry['dense']:.2f}×) on "
-            f"{entry['tokens']} held-out tokens of {Path(name).name}"
+            f"perplexity  {number(entry['dense'])} → {number(entry['pruned'])} "
+            f"({number(entry['pruned'] / entry['dense'])}×) on {entry['tokens']} held-out tokens of {Path(name).name}"
         )
     lines.append(f"pruning     {info['seconds']['prune']:.0f} s, peak memory {info['peak_gib']:.2f} GiB")
     return "\n".join(lines)
