@@ -63,18 +63,21 @@ class ResumableSampler(DistributedSampler[Any]):
 
     Global batch ``k`` holds the same windows however many ranks share it. The last round is completed with windows
     from the beginning of the permutation (a rank with nothing but padding would have no loss). ``start`` is the number
-    of windows, over all ranks, that the next pass leaves out because an interrupted run has used them.
+    of windows, over all ranks, that the next pass leaves out because an interrupted run has used them. After ``period``
+    epochs, if it is given, the permutations come again.
     """
 
     def __init__(self, dataset: "Dataset[Any]", world_size: int = 1, rank: int = 0, seed: int = 0) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
         self.real = len(dataset)  # type: ignore[arg-type]
         self.start = 0
+        self.period: int | None = None
 
     def __iter__(self) -> Iterator[int]:
         # A generator: Lightning asks for the iterator before it sets the epoch, and draws the first item after.
         start, self.start = self.start, 0
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        epoch = self.epoch % self.period if self.period else self.epoch
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(self.real, generator=generator)
         left = order[start:] if start < self.real else order  # all used: the checkpoint closed its epoch
         missing = -len(left) % self.num_replicas
@@ -235,7 +238,13 @@ class DistillationData(_WindowModule):
         if self._attached == (tokenizer, bos, seed):
             return
         cutter = Cutter(tokenizer, self.seqlen, bos)
-        train, held = cutter.count(self.tokens), cutter.count(self.validation_tokens)
+        train = cutter.count(self.tokens)
+        if self.validation_tokens < self.seqlen:
+            raise DataError(
+                f"validation_tokens {self.validation_tokens}: expected at least one window of seqlen {self.seqlen}; "
+                "raise validation_tokens"
+            )
+        held = cutter.count(self.validation_tokens)
         if self.streaming:
             ids = cutter.packed(iter_text(self.source, "distillation"), held)
         else:
@@ -269,13 +278,19 @@ class DistillationData(_WindowModule):
         loader.consumed = self._consumed
         return loader
 
+    def batches(self, limit: int | float) -> int:
+        """Training batches of an epoch on each rank, under Lightning's ``limit_train_batches``."""
+        found = len(self.train_dataloader())
+        return min(found, limit) if isinstance(limit, int) else int(found * limit)
+
     def val_dataloader(self) -> DataLoader[Any]:
         """Each validation window once, in order."""
         return self._in_order(self.validation)
 
     def _consumed(self) -> int:
-        """Windows of this epoch, over all ranks, on which a training step has finished."""
+        """Windows of this epoch, over all ranks, on which a training step has finished; 0 once it is over."""
         if self.trainer is None:
             return 0
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
-        return batches * self.batch_size * self._world()[0]
+        over = batches >= self.trainer.num_training_batches  # as many as `limit_train_batches` leaves
+        return 0 if over else batches * self.batch_size * self._world()[0]

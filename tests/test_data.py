@@ -283,6 +283,15 @@ def test_global_batches_do_not_depend_on_world_size(dataset: WindowDataset):
     assert batches(1, start=11) == batches(1)
 
 
+def test_permutations_come_again_after_a_period(dataset: WindowDataset):
+    sampler, orders = ResumableSampler(dataset), []
+    sampler.period = 2
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert orders[0] == orders[2] != orders[1] == orders[3]
+
+
 def test_calibration_data(counting: str, tokenizer: PreTrainedTokenizerFast):
     data = CalibrationData(counting, tokens=70, seqlen=10, batch_size=2)
     with pytest.raises(DataError, match="attach"):
@@ -316,6 +325,8 @@ def test_short_source_is_shared_out(counting: str, tokenizer: PreTrainedTokenize
     with pytest.warns(UserWarning, match="for validation, gives only 8 of the 10 windows"):
         enough.attach(tokenizer, bos=False, seed=0)
     assert len(enough.windows or ()) == 12 and len(enough.validation or ()) == 8  # what was asked for to train on
+    with pytest.raises(DataError, match="validation_tokens 99: expected at least one window of seqlen 100"):
+        DistillationData(counting, tokens=1200, seqlen=100, validation_tokens=99).attach(tokenizer, bos=False, seed=0)
     single = DistillationData(counting, tokens=2000, seqlen=2000, validation_tokens=2000)
     with pytest.raises(DataError, match="too short"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -388,6 +399,23 @@ def test_resume_goes_on_with_the_next_batch(
     for step in range(1, 12):
         rest = Recorder()
         _fit(tmp_path / "again", rest, data(), tmp_path / f"step={step}.ckpt", **limits)
+        assert rest.seen == whole.seen[step:], f"resumed after step {step}"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore::DeprecationWarning")
+def test_resume_of_limited_epochs(streaming: bool, counting: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
+    """Two of four batches an epoch: the next epoch begins with its own first, wherever the run was cut."""
+    limits = {"max_epochs": 3, "limit_train_batches": 2}
+    data = DistillationData(counting, 80, 10, batch_size=2, validation_tokens=20, streaming=streaming)
+    data.attach(tokenizer, bos=False, seed=5)
+    assert (data.batches(2), data.batches(0.25), data.batches(1.0), data.batches(9)) == (2, 1, 4, 4)
+    whole = Recorder()
+    _fit(tmp_path, whole, data, **limits)
+    assert len(whole.seen) == 6 and not streaming or whole.seen[:2] == whole.seen[2:4]
+    for step in range(1, 6):
+        rest = Recorder()
+        _fit(tmp_path / "again", rest, data, tmp_path / f"step={step}.ckpt", **limits)
         assert rest.seen == whole.seen[step:], f"resumed after step {step}"
 
 

@@ -24,7 +24,7 @@ from come_pl.distillation.module import Diverged, NothingToTrain
 from come_pl.distillation.rates import PRESETS, BadRate, by_depth, cosine, learning_rates
 from come_pl.distillation.student import Misfit
 from come_pl.record import Record, Step, replay
-from come_pl.runs import Run
+from come_pl.runs import Run, RunError
 from come_pl.surgery import drop
 from come_pl.workflows.distil import distil
 from come_pl.workflows.texts import EvaluationText
@@ -468,6 +468,120 @@ def test_resumed_run_has_the_curve_of_an_uninterrupted_one(streaming: bool, stud
     validations = curve(again, "validation.csv")
     assert validations == curve(whole, "validation.csv") and [r["step"] for r in validations] == [*range(2, 17, 2)]
     assert all(torch.equal(a, b) for a, b in zip(weights(again).values(), weights(whole).values()))
+
+
+def test_a_layers_turn_that_is_resumed_reads_the_same_windows(student_run: Path, tmp_path: Path) -> None:
+    """The second of two layers reads what the first has read, in the same order; cut in the fourth step of its turn."""
+    read: dict[Path, list[torch.Tensor]] = {}
+
+    class Watched(CoMeMP):
+        dies_at = -1
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if self.global_step == self.dies_at:
+                raise Killed
+            read.setdefault(output, []).append(batch["input_ids"])
+            return super().training_step(batch, batch_idx)
+
+    def run(dies_at: int = -1) -> None:
+        module = Watched(lr=1e-3, schedule="sequential")
+        module.dies_at = dies_at
+        start(student_run, output, module)
+
+    output = tmp_path / "cut"
+    with pytest.raises(Killed):
+        run(11)
+    assert (output / "checkpoints" / "step=10.ckpt").exists()
+    del read[output][10:]
+    run()
+    output = tmp_path / "whole"
+    run()
+    windows = torch.stack(read[output])
+    assert torch.equal(windows[:8], windows[8:])
+    assert torch.equal(torch.stack(read[tmp_path / "cut"]), windows)
+    losses = [[row["loss"] for row in curve(folder)] for folder in (tmp_path / "cut", output)]
+    assert losses[0] == losses[1]
+
+
+def test_the_last_weights_are_validated(student_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where max_steps ends the run between two validations, and after a kill in the last validation or after."""
+    import json
+
+    from come_pl.workflows import distil as workflow
+
+    how: Any = {"trainer": {"val_check_interval": 4, "max_steps": 6}}
+    output = start(student_run, tmp_path / "whole", CoMeMP(lr=1e-3), **how)
+    rows = curve(output, "validation.csv")
+    assert [row["step"] for row in rows] == [4, 6] and rows[1]["val_loss"] < rows[0]["val_loss"]
+    told = json.loads((output / "run.json").read_text())["validation"]
+    assert (told["kept_step"], told["of_step"]) == (6, 6)
+
+    class Dies(CoMeMP):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            if self.global_step == 6:
+                raise Killed
+            super().validation_step(batch, batch_idx)
+
+    cut = tmp_path / "cut"
+    with pytest.raises(Killed):
+        start(student_run, cut, Dies(lr=1e-3), **how)
+    assert (cut / "checkpoints" / "step=4.ckpt").exists()
+    never = tmp_path / "never"
+    with monkeypatch.context() as patch:
+        patch.setattr(workflow, "rebuilt", lambda *a: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            start(student_run, cut, CoMeMP(lr=1e-3), **how)
+        with pytest.raises(Killed):
+            start(student_run, never, CoMeMP(), trainer={"limit_val_batches": 0, "max_steps": 6})
+    assert all((folder / "checkpoints" / "step=6.ckpt").exists() for folder in (cut, never))
+    assert not (never / "validation.csv").exists()
+    start(student_run, cut, Dies(lr=1e-3), **how)  # all is known
+    assert curve(cut, "validation.csv") == rows and curve(cut) == curve(output)
+    assert json.loads((cut / "run.json").read_text())["validation"] == told
+    assert all(torch.equal(a, b) for a, b in zip(weights(cut).values(), weights(output).values()))
+
+
+def test_what_decides_the_result_is_told_apart(student_run: Path, tmp_path: Path) -> None:
+    """A trial with fewer batches, a student or a text that was replaced: none is the run that was finished."""
+    import shutil
+
+    from safetensors.torch import save_file
+
+    home, output = tmp_path / "home", tmp_path / "o"
+    shutil.copytree(student_run, home)
+    how: Any = {"trainer": {"limit_train_batches": 1}}
+    start(home, output, CoMeMP(), samples=False, **how)
+    start(home, output, CoMeMP(), **how)  # finished already
+    for other in ({"limit_train_batches": 1.0}, {"val_check_interval": 0.5}, {"limit_val_batches": 1}, {"max_time": 9}):
+        given = {"max_time": {"seconds": 9}} if "max_time" in other else other
+        with pytest.raises(RunError, match="holds another run"):
+            start(home, output, CoMeMP(), trainer=how["trainer"] | given)
+    text = (home / "text.txt").read_text()
+    (home / "text.txt").write_text(text.replace("w7", "w8"))
+    with pytest.raises(RunError, match="windows of the text are not those"):
+        start(home, output, CoMeMP(), **how)
+    (home / "text.txt").write_text(text)
+    file = home / "run" / "model" / "model.safetensors"
+    save_file({name: 1.5 * value for name, value in weights(home / "run").items()}, file, {"format": "pt"})
+    with pytest.raises(RunError, match="weights of the student are not those"):
+        start(home, output, CoMeMP(), **how)
+
+
+def test_another_teacher_is_measured(student_run: Path, tmp_path: Path) -> None:
+    """The dense perplexity that pruning knows is that of its own teacher."""
+    import json
+    import shutil
+
+    shutil.copytree(student_run / "run", tmp_path / "run")
+    (tmp_path / "text.txt").write_text((student_run / "text.txt").read_text())
+    entry = {"tokens": 240, "seqlen": 16, "dense": 1.25, "pruned": 1.5}
+    Run(tmp_path / "run", {}).update(perplexity={str(tmp_path / "text.txt"): entry})
+    other = save_tiny(tmp_path / "other", layers=6, seed=7)
+    for name, teacher in (("own", None), ("another", other)):
+        how: Any = {"teacher": teacher, "samples": False, "trainer": {"max_steps": 1}}
+        output = start(tmp_path, tmp_path / name, CoMeMP(), **how)
+        found = json.loads((output / "run.json").read_text())["perplexity"][str(tmp_path / "text.txt")]
+        assert found["before"] == 1.5 and (found["dense"] == 1.25) == (teacher is None)
 
 
 class Scripted(CoMeMP):

@@ -13,13 +13,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from cli import ENVIRONMENT, ROOT, exit_code, kill_when, run
+from cli import ENVIRONMENT, ROOT, exit_code, is_one_line, kill_when, run
 from conftest import save_tiny, tiny_text
 from safetensors.torch import load_file
 from test_distillation import GROUPS, pruned_pair
 
 from come_pl.cli.train import train_main
-from come_pl.runs import Run
+from come_pl.distillation.comparisons import KD
+from come_pl.distillation.curves import read_rows
+from come_pl.runs import Run, RunError
 
 CONFIGS = sorted([*(ROOT / "configs").glob("distill_*.yaml"), *(ROOT / "configs").glob("scale_*.yaml")])
 
@@ -85,6 +87,35 @@ def same(a: dict[str, Any], folder: Path, tolerance: float) -> None:
         assert (a[name] - value).abs().max() <= tolerance, name
 
 
+def test_what_is_read_and_what_is_there_outlive_overwrite(
+    home: Path, single: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(home)
+    assert started(monkeypatch, *flags(Path("run"), "--overwrite")) == 2
+    assert is_one_line(capsys.readouterr().err, "output folder 'run' is what --student reads; give another --output")
+    before = (single / "run.json").read_text()
+    monkeypatch.setattr("come_pl.models.load_model", lambda *a, **k: (_ for _ in ()).throw(RunError("for a test")))
+    assert started(monkeypatch, *flags(single, "--overwrite")) == 2
+    assert (home / "run" / "model").is_dir() and (single / "run.json").read_text() == before
+    assert (single / "model" / "model.safetensors").is_file()
+
+
+def test_bfloat16_leaves_rotary_tables_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[tuple[Any, Any]] = set()
+
+    def watched(self: Any, batch: Any) -> Any:
+        seen.add(tuple(d.base.rotary_emb.inv_freq.dtype for d in (self.teacher, self.student)))
+        assert {d.layers[0].mlp.up_proj.weight.dtype for d in (self.teacher, self.student)} == {torch.bfloat16}
+        return losses(self, batch)
+
+    losses = KD.losses
+    monkeypatch.setattr(KD, "losses", watched)
+    monkeypatch.chdir(home)
+    more = ("--distill", "kd", "--trainer.max_steps", 1, "--trainer.precision", "bf16-true", "--samples", "false")
+    assert started(monkeypatch, *flags(home / "bf16", *more, "--model.lr", 1e-3)) == 0
+    assert seen == {(torch.float32, torch.float32)}
+
+
 def test_kill_and_the_same_command_again(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -112,6 +143,17 @@ def test_kill_and_the_same_command_again(
 
 def same_curve(folder: Path, other: Path) -> None:
     assert [r["layer 1"] for r in curve(folder)] == pytest.approx([r["layer 1"] for r in curve(other)], rel=1e-4)
+
+
+def test_a_process_without_a_window_to_validate_waits_for_nobody(home: Path) -> None:
+    """One window for two processes; the last of 6 steps is validated too, on both."""
+    more = ("--data.validation_tokens", 16, "--trainer.max_steps", 6, "--trainer.val_check_interval", 4)
+    trained(home, home / "window", *more, "--samples", "false")
+    parts = ("--trainer.devices", 2, "--trainer.strategy", "ddp")
+    trained(home, home / "windows", *more, *parts, "--samples", "false", batch=2)
+    found = [read_rows(home / name / "validation.csv") for name in ("window", "windows")]
+    assert [[row["step"] for row in rows] for rows in found] == [[4, 6], [4, 6]]
+    assert [row["val_loss"] for row in found[0]] == pytest.approx([row["val_loss"] for row in found[1]], rel=1e-4)
 
 
 def test_two_shards_give_what_one_process_gives(home: Path, single: Path) -> None:
@@ -264,6 +306,18 @@ def test_deepspeed_resumes(
         (("--model.schedule", "sequential", "--trainer.devices", "2"), "give --model.schedule joint"),
         (("--patience", "0"), "at least 1 validation"),
         (("--save_every", "0"), "at least 1 optimizer step"),
+        (("--trainer.val_check_interval", "1000"), "val_check_interval 1000: an epoch has 32 training batches"),
+        (("--trainer.val_check_interval", "0"), "val_check_interval 0: an epoch has 32 training batches"),
+        (("--trainer.limit_train_batches", "0.01"), "leaves none of 32 batches"),
+        (("--trainer.accumulate_grad_batches", "0"), "accumulate_grad_batches 0: expected at least 1 batch"),
+        (("--trainer.check_val_every_n_epoch", "0"), "check_val_every_n_epoch 0: expected at least 1 epoch"),
+        (("--trainer.gradient_clip_val", "-1"), "gradient_clip_val -1: expected a norm of at least 0"),
+        (("--trainer.gradient_clip_algorithm", "value"), "gradients are clipped by their norm"),
+        (("--model.weight_decay", "-0.1"), "weight_decay -0.1: expected at least 0"),
+        (("--data.validation_tokens", "8"), "validation_tokens 8: expected at least one window"),
+        (("--model.temperature", "0"), "temperature 0.0: expected a number above 0"),
+        (("--distill", "kd", "--model.temperature", "-1"), "temperature -1.0: expected a number above 0"),
+        (("--distill", "lora", "--model.alpha", "0"), "alpha 0: expected a number above 0"),
         (("--distill", "kd", "--trainer.strategy", "fsdp", "--trainer.devices", "2"), "give --model.trainable layers"),
     ],
 )

@@ -53,11 +53,21 @@ def trained_count(module: DistillationModule) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for name, p in named if name in module.trained)
 
 
+def _ends(trainer: Trainer) -> bool:
+    """Whether the run ends with this batch."""
+    loop = trainer.fit_loop
+    epochs = trainer.current_epoch + loop.epoch_loop._num_ready_batches_reached()
+    if loop.max_epochs not in (None, -1) and epochs >= loop.max_epochs:  # type: ignore[operator]
+        return True
+    return 0 <= trainer.max_steps <= trainer.global_step or trainer.should_stop and loop._can_stop_early
+
+
 class Checkpoints(Callback):
     """Saves every `every` optimizer steps what a run goes on from, and removes the checkpoint before.
 
-    Where a validation is due at such a step, the checkpoint is saved after it: Lightning takes a validation for done
-    that a checkpoint before it still owed. This callback is the last, so that the others' states are those of its step.
+    Where a validation is due at such a step, or the run ends with it, the checkpoint is saved after it: Lightning takes
+    a validation for done that a checkpoint before it still owed. This callback is the last, so that the others' states
+    are those of its step.
     """
 
     def __init__(self, folder: Path, every: int):
@@ -72,12 +82,16 @@ class Checkpoints(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         loop = trainer.fit_loop
-        if not (trainer.enable_validation and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)):  # type: ignore[arg-type]
+        due = trainer.enable_validation and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
+        if not due and not _ends(trainer):
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
         step = trainer.global_step
@@ -95,16 +109,25 @@ class Checkpoints(Callback):
 class KeepBest(Callback):
     """Keeps the trained weights of the lowest validation loss in a file, whatever strategy shards them.
 
-    The file itself says which step and loss it is of, so a run that was killed need not remember.
+    The file itself says which step and loss it is of, so a run that was killed need not remember. The last weights are
+    validated even where Lightning would not: after max_steps, or between two validations.
 
     Attributes:
         step, loss: of the weights in the file; None and infinity while there are none.
+        validated: step of the last validation.
     """
 
     def __init__(self, file: Path):
         self.file = file
         self.step: int | None = None
         self.loss = math.inf
+        self.validated: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validated": self.validated}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.validated = state_dict["validated"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         found: tuple[int | None, float] = (None, math.inf)
@@ -117,6 +140,7 @@ class KeepBest(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking or "val_loss" not in trainer.callback_metrics:
             return
+        self.validated = trainer.global_step
         loss = float(trainer.callback_metrics["val_loss"])
         if not loss < self.loss:  # nor if it is NaN
             return
@@ -126,6 +150,12 @@ class KeepBest(Callback):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             told = {"step": str(self.step), "val_loss": repr(loss)}
             write_atomically(self.file, lambda partial: save_file(state, partial, told))
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.enable_validation and self.validated != trainer.global_step:
+            trainer.validating = True  # as Lightning does between two batches
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Trained parameters by name in the student, on the CPU."""

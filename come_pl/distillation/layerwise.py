@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
+from come_pl.data import ResumableSampler
 from come_pl.decoder import attention_mask
 from come_pl.distillation.losses import StateLoss, logit_divergence, state_loss
 from come_pl.distillation.module import DistillationModule
@@ -144,12 +145,12 @@ class CoMeMP(DistillationModule):
         if any(isinstance(callback, EarlyStopping) for callback in trainer.callbacks):
             raise ValueError("patience would stop before all layers had their turn; give --model.schedule joint")
 
-    def on_train_epoch_start(self) -> None:
-        if self.schedule == "sequential":  # every layer reads the same windows in the same order
-            passes = max(1, (self.trainer.max_epochs or 1) // len(self.merged)) if self.trainer.max_epochs != -1 else 0
-            sampler = getattr(self.trainer.train_dataloader, "sampler", None)
-            if passes and hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(self.current_epoch % passes)  # type: ignore[union-attr]
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        sampler = getattr(self.trainer.train_dataloader, "sampler", None)
+        if self.schedule == "sequential" and isinstance(sampler, ResumableSampler) and self.trainer.max_epochs != -1:
+            # every layer reads the same windows in the same order
+            sampler.period = max(1, (self.trainer.max_epochs or 1) // len(self.merged))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self.schedule == "sequential":

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from come_pl.decoder import Decoder, attention_mask
 from come_pl.distillation.rates import Rates, cosine, learning_rates
-from come_pl.offload import move
+from come_pl.offload import move, put_tables, tables
 from come_pl.taps import streams
 
 Trainable = Literal["merged", "layers", "all"]
@@ -89,6 +89,8 @@ class DistillationModule(LightningModule):
         super().__init__()
         if not 0 <= warmup < 1 or not 0 <= floor <= 1:
             raise ValueError(f"warmup {warmup}, floor {floor}: expected shares of the steps and of the peak rate")
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay {weight_decay}: expected at least 0")
         self.lr, self.weight_decay, self.warmup, self.floor = lr, weight_decay, warmup, floor
         self.trainable: Trainable = trainable
         self.explode = explode
@@ -120,7 +122,7 @@ class DistillationModule(LightningModule):
         self.scales = scales
         self.teacher = Decoder(teacher.requires_grad_(False).eval())  # not an nn.Module: hidden from the module tree
         self.student_model = student.eval()  # dropout would be noise: a loss is compared with the teacher's states
-        self.student = Decoder(student)
+        self.student, self._tables = Decoder(student), tables(student)
         teacher_stop, student_stop = self.reach()
         _let_go(self.teacher, teacher_stop)
         _let_go(self.student, student_stop)
@@ -147,7 +149,15 @@ class DistillationModule(LightningModule):
         return None, None
 
     def check_trainer(self, trainer: Any) -> None:
-        """Raises ValueError for settings of the trainer that this method cannot run under; no model is needed."""
+        """Raises ValueError for settings that this method cannot run under; no model is needed."""
+        for name in ("temperature", "alpha"):  # of the methods that have one
+            if not (value := getattr(self, name, 1)) > 0:
+                raise ValueError(f"{name} {value}: expected a number above 0")
+        clip = trainer.gradient_clip_val
+        if clip is not None and not clip >= 0:
+            raise ValueError(f"gradient_clip_val {clip}: expected a norm of at least 0 (0 clips nothing)")
+        if trainer.gradient_clip_algorithm == "value":
+            raise ValueError("gradient_clip_algorithm value: gradients are clipped by their norm; leave it out")
         if isinstance(trainer.strategy, ModelParallelStrategy) and self.trainable == "all":
             raise ValueError("trainable all does not run under fsdp: give --model.trainable layers, or ddp")
 
@@ -201,6 +211,7 @@ class DistillationModule(LightningModule):
 
     def on_fit_start(self) -> None:
         self.share()  # again: the strategy has moved the student, and may have converted it
+        put_tables(self._tables)
         move(self.teacher.model, self.device)
 
     def on_train_start(self) -> None:
@@ -267,11 +278,7 @@ class DistillationModule(LightningModule):
         trainer = self.trainer
         limits = [trainer.max_steps] if trainer.max_steps != -1 else []
         if trainer.max_epochs not in (None, -1):
-            assert trainer.datamodule is not None  # type: ignore[attr-defined]
-            batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
-            limit = trainer.limit_train_batches
-            if limit is not None:
-                batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+            batches = trainer.datamodule.batches(trainer.limit_train_batches)  # type: ignore[attr-defined]
             limits.append(-(-batches // trainer.accumulate_grad_batches) * trainer.max_epochs)  # type: ignore[operator]
         if not limits:
             raise ValueError("the number of steps is not known: give --trainer.max_epochs or --trainer.max_steps")
@@ -299,10 +306,11 @@ class DistillationModule(LightningModule):
         return torch.stack(list(losses.values())).sum()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        losses = self.losses(batch)
-        total = torch.stack(list(losses.values())).sum()
-        if bool(batch["mask"].any()):  # on several devices the last batch may be all padding
-            self.log("val_loss", total, sync_dist=True, batch_size=int(batch["mask"].any(1).sum()))
+        total = torch.stack(list(self.losses(batch).values())).sum()
+        windows = batch["mask"].any(1).sum()  # 0 where several devices leave one with padding alone
+        sums = torch.stack([torch.where(windows > 0, total * windows, 0.0), windows])
+        loss, count = self.trainer.strategy.reduce(sums, reduce_op="sum")  # on all ranks: none may wait for another
+        self.log("val_loss", loss / count, sync_dist=True, batch_size=int(count))
 
     def _watch(self, losses: dict[str, Tensor]) -> None:
         """Stops at a loss that is not finite or exploded, on all ranks alike, before it reaches the weights."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -32,7 +33,9 @@ from come_pl.distillation.strategy import checkpoint_of
 from come_pl.distillation.student import Pruned, check_fit, read_pruned
 from come_pl.offload import Offload, move
 from come_pl.record import Meter
+from come_pl.report.style import amount, number
 from come_pl.runs import Run, RunError, check_space, digest, read_run
+from come_pl.windows import check_readable
 from come_pl.workflows.card import distilled_card, licence_files
 from come_pl.workflows.report import ask, finish
 from come_pl.workflows.texts import EvaluationText, evaluation_windows, measure
@@ -83,6 +86,7 @@ def distil(
         raise ValueError(f"save_every {save_every}: expected at least 1 optimizer step between two checkpoints")
     stopping = [Patience(patience)] if patience is not None else []
     trainer.callbacks += stopping  # type: ignore[attr-defined]
+    _check_trainer(trainer)
     module.check_trainer(trainer)
     evaluation = evaluation or EvaluationText()
     pruned = read_pruned(student)
@@ -93,101 +97,108 @@ def distil(
     check_fit(pruned, dense_config, tokenizer, path)
     bos = models.needs_bos(dense_config, tokenizer)
     data.attach(tokenizer, bos=bos, seed=seed)
+    _check_batches(trainer, data)
     identity = _identity(data, trainer, pruned, path, method, options, seed, patience)
     output = output or ROOT / f"{pruned.folder.resolve().name}-{method}-{digest(identity)}"
     if resume and not (output / "run.json").is_file():
         raise RunError(f"--resume: {str(output)!r} holds no run to go on with; run without --resume")
-    run = Run(output, identity, overwrite=overwrite, main=main)
-    if run.finished:
-        print(f"{output} is finished already; --overwrite runs it again")
-        print(summary(run.info))
-        return output
-    written = checkpoint_of(trainer)
-    if run.info.get("checkpoints", written) != written and newest(output / FOLDER):
-        raise RunError(
-            f"the checkpoint in {str(output)!r} is {run.info['checkpoints']}, and this run's would be {written}; go on "
-            "with the --trainer.strategy and --trainer.devices that it began with, or --overwrite to begin anew"
-        )
     texts = evaluation_windows(evaluation, tokenizer, bos, data.seqlen) if main else {}
-
-    student_model = models.load_model(str(pruned.folder / "model"), "float32")
-    check_space(output, 6 * 4 * models.parameter_count(student_model) / GIB)
-    dense_model = models.load_model(path, offload=offload)
-    device = trainer.strategy.root_device
-    if main:
+    found = [data.windows, data.validation, *texts.values()]
+    check_readable([windows for windows in found if windows is not None], dense_config, path)
+    reads = [("--student", str(pruned.folder)), ("--teacher", path), ("--data.source", data.source)]
+    reads += [("--evaluation.data", text) for text in evaluation.data]
+    run = Run(output, identity, overwrite=overwrite, main=main, reads=reads)
+    with run:
+        marks = _marks(pruned, data)
+        _check_marks(run, marks)
+        if run.finished:
+            print(f"{output} is finished already; --overwrite runs it again")
+            print(summary(run.info))
+            return output
+        written = checkpoint_of(trainer)
+        if run.info.get("checkpoints", written) != written and newest(output / FOLDER):
+            raise RunError(
+                f"the checkpoint in {str(output)!r} is {run.info['checkpoints']}, and this run's would be {written}; "
+                "go on with the --trainer.strategy and --trainer.devices that it began with, or --overwrite"
+            )
+        student_model = models.load_model(str(pruned.folder / "model"), "float32")
+        check_space(output, 6 * 4 * models.parameter_count(student_model) / GIB)
+        dense_model = models.load_model(path, offload=offload)
+        device = trainer.strategy.root_device
+        if main:
+            run.update(
+                student={"run": str(pruned.folder), "groups": pruned.groups, **marks["student"]},
+                model={"path": path, "layers": len(Decoder(dense_model)), "dtype": pruned.dtype},
+                method={"name": method, **options},
+                data={n: getattr(data, n) for n in ("source", "tokens", "seqlen", "batch_size")} | marks["data"],
+                seed=seed,
+                checkpoints=written,
+            )
+            if "perplexity" not in run.info:
+                known = _known(pruned, texts, path)
+                known = measure(move(dense_model, device), texts, "dense", known)
+                known = measure(student_model.to(device), texts, "before", known)
+                run.update(perplexity=known)
+        module.attach(dense_model, student_model, pruned.groups, pruned.scales)
+        module.lighten(str(trainer.precision), isinstance(trainer.strategy, DeepSpeedStrategy))
+        curves = Curves(output)
+        best = KeepBest(output / FOLDER / BEST)
+        trainer.callbacks += [curves, best, Checkpoints(output / FOLDER, save_every)]  # type: ignore[attr-defined]
+        if phases := getattr(module, "phases", 1) - 1:
+            _lengthen(trainer, phases + 1)
+        meter = Meter(device)
+        checkpoint = newest(output / FOLDER)
+        if checkpoint and main:
+            print(f"going on from {checkpoint.name}")
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
+        except Diverged as error:
+            raise Diverged(f"{error}; {_keep_good(output)}. Try a lower --model.lr") from None
+        state = full_state(module)
+        if not main:
+            return None
+        if trainer.interrupted:
+            print("stopped before the end; the same command goes on from the last checkpoint")
+            return output
+        trained, seconds, peak = trained_count(module), curves.seconds, meter.peak_gib
+        stopped = any(callback.exhausted for callback in stopping)
+        if stopped:
+            print(f"stopped after step {trainer.global_step}: {patience} validations without a lower loss")
+        kept = trainer.global_step
+        if best.step is not None and best.step < trainer.global_step:
+            kept, state = best.step, best.weights()
+            print(f"keeping the weights of step {kept}: lowest validation loss ({best.loss:.5g})")
+        del trainer.optimizers[:]  # type: ignore[attr-defined]
+        final = rebuilt(module, pruned, state, method)
+        entries = measure(final.to(device), texts, "after", run.info["perplexity"])
         run.update(
-            student={"run": str(pruned.folder), "groups": pruned.groups},
-            model={"path": path, "layers": len(Decoder(dense_model)), "dtype": pruned.dtype},
-            method={"name": method, **options},
-            data={"source": data.source, "tokens": data.tokens, "seqlen": data.seqlen, "batch_size": data.batch_size},
-            seed=seed,
-            checkpoints=written,
+            perplexity=entries,
+            seconds=round(seconds, 2),
+            tokens_seen=curves.tokens,
+            tokens_per_second=round(curves.tokens / max(seconds, 1e-9), 1),
+            trained_parameters=trained,
+            parameters=models.parameter_count(final),
+            peak_gib=round(peak, 3),
+            steps=trainer.global_step,
+            validation={"stopped_early": stopped, "kept_step": kept, "lowest_loss": best.loss, "of_step": best.step},
+            devices=trainer.world_size,
+            groups=pruned.groups,
+            scales=pruned.scales,
         )
-        if "perplexity" not in run.info:
-            known = _known(pruned, texts)
-            known = measure(move(dense_model, device), texts, "dense", known)
-            known = measure(student_model.to(device), texts, "before", known)
-            run.update(perplexity=known)
-    module.attach(dense_model, student_model, pruned.groups, pruned.scales)
-    module.lighten(str(trainer.precision), isinstance(trainer.strategy, DeepSpeedStrategy))
-    curves = Curves(output)
-    best = KeepBest(output / FOLDER / BEST)
-    trainer.callbacks += [curves, best, Checkpoints(output / FOLDER, save_every)]  # type: ignore[attr-defined]
-    if phases := getattr(module, "phases", 1) - 1:
-        _lengthen(trainer, phases + 1)
-    meter = Meter(device)
-    checkpoint = newest(output / FOLDER)
-    if checkpoint and main:
-        print(f"going on from {checkpoint.name}")
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
-    except Diverged as error:
-        raise Diverged(f"{error}; {_keep_good(output)}. Try a lower --model.lr") from None
-    state = full_state(module)
-    if not main:
-        return None
-    if trainer.interrupted:
-        print("stopped before the end; the same command goes on from the last checkpoint")
+        card = distilled_card(run.info, read_run(pruned.folder))
+        models.save_model(final.to("cpu"), output / "model", tokenizer, card, licence_files(path))
+        if (pruned.folder / "record.jsonl").is_file():
+            shutil.copyfile(pruned.folder / "record.jsonl", output / "record.jsonl")
+        run.update(status="finished")
+        # what the dense and the pruned model say is the pruning run's to know: here they may be sharded or in bf16
+        loaders = {"recovered": lambda: final.to(device)}
+        finish(output, partial(ask, output, loaders, tokenizer, known=pruned.folder) if samples else None)
+        shutil.rmtree(output / FOLDER, ignore_errors=True)
+        if output.parent.resolve() == ROOT.resolve():
+            run.make_latest()
+        print(summary(run.info))
+        print(f"written to {output}")
         return output
-    trained, seconds, peak = trained_count(module), curves.seconds, meter.peak_gib
-    stopped = any(callback.exhausted for callback in stopping)
-    if stopped:
-        print(f"stopped after step {trainer.global_step}: {patience} validations without a lower loss")
-    kept = trainer.global_step
-    if best.step is not None and best.step < trainer.global_step:
-        kept, state = best.step, best.weights()
-        print(f"keeping the weights of step {kept}: lowest validation loss ({best.loss:.5g})")
-    del trainer.optimizers[:]  # type: ignore[attr-defined]
-    final = rebuilt(module, pruned, state, method)
-    entries = measure(final.to(device), texts, "after", run.info["perplexity"])
-    run.update(
-        perplexity=entries,
-        seconds=round(seconds, 2),
-        tokens_seen=curves.tokens,
-        tokens_per_second=round(curves.tokens / max(seconds, 1e-9), 1),
-        trained_parameters=trained,
-        parameters=models.parameter_count(final),
-        peak_gib=round(peak, 3),
-        steps=trainer.global_step,
-        validation={"stopped_early": stopped, "kept_step": kept, "lowest_loss": best.loss, "of_step": best.step},
-        devices=trainer.world_size,
-        groups=pruned.groups,
-        scales=pruned.scales,
-    )
-    card = distilled_card(run.info, read_run(pruned.folder))
-    models.save_model(final.to("cpu"), output / "model", tokenizer, card, licence_files(path))
-    if (pruned.folder / "record.jsonl").is_file():
-        shutil.copyfile(pruned.folder / "record.jsonl", output / "record.jsonl")
-    run.update(status="finished")
-    # what the dense and the pruned model say is the pruning run's to know: here they may be sharded or in bf16
-    loaders = {"recovered": lambda: final.to(device)}
-    finish(output, partial(ask, output, loaders, tokenizer, known=pruned.folder) if samples else None)
-    shutil.rmtree(output / FOLDER, ignore_errors=True)
-    if output.parent.resolve() == ROOT.resolve():
-        run.make_latest()
-    print(summary(run.info))
-    print(f"written to {output}")
-    return output
 
 
 GIB = 2**30
@@ -217,10 +228,74 @@ def _identity(
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "gradient_clip_val": trainer.gradient_clip_val,
             "devices": trainer.world_size,
+            **_unusual(trainer),
         },
         "seed": seed,
         **{k: v for k, v in rare.items() if v is not None},
     }
+
+
+USUAL = {
+    "limit_train_batches": 1.0,
+    "limit_val_batches": 1.0,
+    "overfit_batches": 0.0,
+    "val_check_interval": 1.0,
+    "check_val_every_n_epoch": 1,
+}
+
+
+def _unusual(trainer: Trainer) -> dict[str, Any]:
+    """Settings that decide the result and are rarely set, where they are. (1 is a batch, and 1.0 is all of them.)"""
+    timers = [callback._duration for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+    found = {name: getattr(trainer, name, usual) for name, usual in USUAL.items()}
+    every = getattr(trainer, "_val_check_time_interval", None)
+    found |= {"max_seconds": timers[0] if timers else None, "val_check_seconds": every}
+    return {name: value for name, value in found.items() if repr(value) != repr(USUAL.get(name))}
+
+
+def _check_trainer(trainer: Trainer) -> None:
+    """Raises ValueError for settings that no method can run under."""
+    for name, least in (("accumulate_grad_batches", "1 batch"), ("check_val_every_n_epoch", "1 epoch")):
+        value = getattr(trainer, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} {value}: expected at least {least}")
+
+
+def _check_batches(trainer: Trainer, data: DistillationData) -> None:
+    """Raises ValueError where no batch would be trained on, or never a validation come."""
+    data.trainer = trainer  # the loader's length depends on the number of processes
+    limit, interval = trainer.limit_train_batches, getattr(trainer, "val_check_interval", 1.0)
+    batches = data.batches(limit)
+    if not batches:
+        raise ValueError(f"limit_train_batches {limit}: leaves none of {data.batches(1.0)} batches to train on")
+    in_epoch = isinstance(interval, int) and trainer.check_val_every_n_epoch is not None
+    if not interval or in_epoch and interval > batches and trainer.limit_val_batches:
+        raise ValueError(
+            f"val_check_interval {interval}: an epoch has {batches} training batches; expected at least 1 and no more "
+            "than these, or a share of the epoch such as 0.5 (--trainer.limit_val_batches 0: no validation)"
+        )
+
+
+def _marks(pruned: Pruned, data: DistillationData) -> dict[str, dict[str, str]]:
+    """Fingerprints of what a run reads, by the part of `run.json` that they stand in."""
+    student = models.load_model(str(pruned.folder / "model"), "float32", "disk")  # one matrix in memory at a time
+    texts = {"fingerprint": data.windows, "validation_fingerprint": data.validation}
+    return {
+        "student": {"fingerprint": models.fingerprint(student)},
+        "data": {name: windows.fingerprint for name, windows in texts.items() if windows is not None},
+    }
+
+
+def _check_marks(run: Run, marks: Mapping[str, Mapping[str, str]]) -> None:
+    """Raises RunError: a student or a text that is another than the run in this folder began with."""
+    for part, found in marks.items():
+        for name, mark in found.items():
+            if run.info.get(part, {}).get(name, mark) != mark:
+                what = "weights of the student" if part == "student" else "windows of the text"
+                raise RunError(
+                    f"the {what} are not those that the run in {str(run.folder)!r} began with; give another --output, "
+                    "or --overwrite to replace it"
+                )
 
 
 def _lengthen(trainer: Trainer, phases: int) -> None:
@@ -248,18 +323,19 @@ def rebuilt(module: DistillationModule, pruned: Pruned, state: Mapping[str, torc
     module.finish()
     models.check_finite(model, "the distilled model")
     model.requires_grad_(False)
-    return model.to(getattr(torch, pruned.dtype)).eval()
+    return move(model, getattr(torch, pruned.dtype)).eval()
 
 
-def _known(pruned: Pruned, texts: Mapping[str, TokenWindows]) -> dict[str, Any]:
-    """What pruning measured already on the same windows."""
+def _known(pruned: Pruned, texts: Mapping[str, TokenWindows], teacher: str) -> dict[str, Any]:
+    """What pruning measured already on the same windows; of the dense model if this is the teacher."""
     known: dict[str, Any] = {}
+    same = Path(teacher).expanduser().resolve() == Path(pruned.teacher).expanduser().resolve()
     for name, windows in texts.items():
         predicted, seqlen = len(windows) * (windows.input_ids.shape[1] - 1), windows.input_ids.shape[1]
         known[name] = {"tokens": predicted, "seqlen": seqlen}
         entry = pruned.perplexity.get(name, {})
         if entry.get("tokens") == predicted and entry.get("seqlen") == seqlen:
-            known[name] |= {"dense": entry["dense"], "before": entry["pruned"]}
+            known[name] |= {"before": entry["pruned"]} | ({"dense": entry["dense"]} if same else {})
     return known
 
 
@@ -268,12 +344,12 @@ def summary(info: Mapping[str, Any]) -> str:
     lines = []
     for name, entry in info["perplexity"].items():
         lines.append(
-            f"perplexity  {entry['before']:.2f} → {entry['after']:.2f} (dense {entry['dense']:.2f}; "
-            f"{entry['before'] / entry['dense']:.2f}× → {entry['after'] / entry['dense']:.2f}×) on {entry['tokens']} "
-            f"held-out tokens of {Path(name).name}"
+            f"perplexity  {number(entry['before'])} → {number(entry['after'])} (dense {number(entry['dense'])}; "
+            f"{number(entry['before'] / entry['dense'])}× → {number(entry['after'] / entry['dense'])}×) on "
+            f"{entry['tokens']} held-out tokens of {Path(name).name}"
         )
     lines.append(
-        f"trained     {info['trained_parameters'] / 1e6:.1f}M of {info['parameters'] / 1e6:.1f}M parameters on "
+        f"trained     {amount(info['trained_parameters'])} of {amount(info['parameters'])} parameters on "
         f"{info['tokens_seen']} tokens in {info['steps']} steps"
     )
     lines.append(
