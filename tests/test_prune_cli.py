@@ -217,6 +217,7 @@ def refuse(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *argu
         (("--target_layers", 3, "--data.seqlen", 1), "seqlen is 1: expected at least 2"),
         (("--target_layers", 3, "--model.dtype", "float7"), "float7"),
         (("--target_layers", 3, "--method", "reverse", "--retain_layer", 9), "retain_layer 9: the model has layers 0"),
+        (("--target_layers", 3, "--method", "sleb", "--method.barriers", 2), "barriers 2 protect 4 layers"),
         (("--target_layers", "three"), "three"),
         (("--target_layers", 3, "--no_such_option", 1), "no_such_option"),
         (("--config", "no_such.yaml"), "no_such.yaml"),

@@ -21,7 +21,6 @@ from come_pl.offload import move
 from come_pl.pruning.last_layers import affordable
 from come_pl.pruning.loop import ProgressivePruning, PruningBar, log_step, retires
 from come_pl.pruning.methods import find
-from come_pl.pruning.methods.drops import OneShot
 from come_pl.pruning.methods.shortest_path import BRIDGE
 from come_pl.pruning.module import PruningModule
 from come_pl.pruning.refit import Refit
@@ -75,8 +74,6 @@ def prune(
     chosen = method_class(**options)
     target = target_depth(config.num_hidden_layers, target_layers, sparsity)
     chosen.check(family_of(config), config.num_hidden_layers, config.num_hidden_layers - target)
-    if isinstance(chosen, OneShot):
-        chosen.held_back(config.num_hidden_layers)
     on_the_way = set(evaluation.at) if chosen.progressive and not refit.ends else set()
     tokenizer = models.load_tokenizer(module.path)
     bos = models.needs_bos(config, tokenizer)

@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from come_pl.decoder import Family
 from come_pl.pruning.methods.base import Decision, Method
 from come_pl.pruning.module import NotFinite, PruningModule
 from come_pl.record import Record, Step
@@ -92,6 +93,9 @@ class OneShot(Planned):
     @abstractmethod
     def score(self, module: PruningModule, statistics: dict[str, Tensor]) -> Iterable[float]:
         """The score of each layer of the dense model."""
+
+    def check(self, family: Family, layers: int, remove: int) -> None:
+        self.held_back(layers)
 
     def held_back(self, depth: int) -> Collection[int]:
         """Dense layers of a model of `depth` layers that go only when no other layer is left."""

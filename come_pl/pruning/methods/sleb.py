@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from come_pl.decoder import Family
 from come_pl.pruning.methods.base import Decision, NoSite
 from come_pl.pruning.methods.common import check
 from come_pl.pruning.methods.drops import Drop, rounded
@@ -79,14 +80,17 @@ class SLEB(Drop):
         self.spares_teacher = not bridge
         self.score_name = "loss_bridged" if bridge else "loss_without"
 
+    def check(self, family: Family, layers: int, remove: int) -> None:
+        if layers - remove < 2 * self.barriers:
+            raise NoSite(
+                f"barriers {self.barriers} protect {2 * self.barriers} layers, more than the {layers - remove} "
+                "that are to be left; give a smaller --barriers or a larger --target_layers"
+            )
+
     def __call__(
         self, module: PruningModule, statistics: dict[str, Tensor], record: Record, *, remove: int
     ) -> Decision:
-        if record.layers - remove < 2 * self.barriers:
-            raise NoSite(
-                f"barriers {self.barriers} protect {2 * self.barriers} layers, more than the {record.layers - remove} "
-                "that are to be left; give a smaller --barriers or a larger --target_layers"
-            )
+        self.check(module.student.family, record.layers, remove)
         losses = [math.inf] * record.layers
         if self.race:
             race = module.race(functools.cache(lambda layer: self.instead(module, record, layer)), self.windows)
