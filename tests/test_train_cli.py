@@ -315,6 +315,8 @@ def test_deepspeed_resumes(
         (("--trainer.gradient_clip_algorithm", "value"), "gradients are clipped by their norm"),
         (("--model.weight_decay", "-0.1"), "weight_decay -0.1: expected at least 0"),
         (("--data.validation_tokens", "8"), "validation_tokens 8: expected at least one window"),
+        (("--trainer.max_steps", "0"), "max_steps 0: nothing would be trained"),
+        (("--trainer.max_epochs", "0"), "max_epochs 0: nothing would be trained"),
         (("--model.temperature", "0"), "temperature 0.0: expected a number above 0"),
         (("--distill", "kd", "--model.temperature", "-1"), "temperature -1.0: expected a number above 0"),
         (("--distill", "lora", "--model.alpha", "0"), "alpha 0: expected a number above 0"),

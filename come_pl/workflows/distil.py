@@ -259,6 +259,9 @@ def _check_trainer(trainer: Trainer) -> None:
         value = getattr(trainer, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} {value}: expected at least {least}")
+    for name in ("max_steps", "max_epochs"):
+        if getattr(trainer, name) == 0:
+            raise ValueError(f"{name} 0: nothing would be trained; expected at least 1")
 
 
 def _check_batches(trainer: Trainer, data: DistillationData) -> None:
