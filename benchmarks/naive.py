@@ -31,6 +31,7 @@ from come_pl.pruning.methods.base import Method
 from come_pl.pruning.methods.come import CoMe, keep
 from come_pl.pruning.methods.come_p import CoMeP
 from come_pl.pruning.methods.sleb import SLEB
+from come_pl.pruning.sites import SiteRace
 from come_pl.record import Record, Step
 from come_pl.surgery import concatenate, dominant, replace_span, share
 from come_pl.taps import boundaries, projection_inputs
@@ -100,13 +101,13 @@ def statistics(decoder: Decoder, batches: Sequence[Tensor], span: int = 2) -> di
 
 def come_step(method: CoMe, decoder: Decoder, batches: Sequence[Tensor], record: Record, remove: int) -> Step:
     """CoMe's formulas on naive statistics. Sites by span distance only."""
-    view: Any = SimpleNamespace(student=decoder)
+    view: Any = SimpleNamespace(student=decoder, sites=SiteRace())
     return CoMe.__call__(method, view, statistics(decoder, batches, method.span), record, remove=remove).step
 
 
 def come_p_step(method: CoMeP, decoder: Decoder, batches: Sequence[Tensor], record: Record, remove: int) -> Step:
     """Each ratio of the grid in a copy of the whole model."""
-    view: Any = SimpleNamespace(student=decoder)
+    view: Any = SimpleNamespace(student=decoder, sites=SiteRace())
     found = statistics(decoder, batches, method.span)
     step = CoMe.__call__(method, view, found, record, remove=remove).step
     lowest, losses = math.inf, []
