@@ -150,7 +150,7 @@ def test_a_process_without_a_window_to_validate_waits_for_nobody(home: Path) -> 
     more = ("--data.validation_tokens", 16, "--trainer.max_steps", 6, "--trainer.val_check_interval", 4)
     trained(home, home / "window", *more, "--samples", "false")
     parts = ("--trainer.devices", 2, "--trainer.strategy", "ddp")
-    trained(home, home / "windows", *more, *parts, "--samples", "false", batch=2)
+    same(trained(home, home / "windows", *more, *parts, "--samples", "false", batch=2), home / "window", 2e-5)
     found = [read_rows(home / name / "validation.csv") for name in ("window", "windows")]
     assert [[row["step"] for row in rows] for rows in found] == [[4, 6], [4, 6]]
     assert [row["val_loss"] for row in found[0]] == pytest.approx([row["val_loss"] for row in found[1]], rel=1e-4)
@@ -179,11 +179,11 @@ train.train_main()
 """
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"])
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"])
 def test_each_layer_keeps_its_rate_and_two_processes_give_what_one_gives(
     strategy: str, home: Path, single: Path, tmp_path: Path
 ) -> None:
-    if strategy.startswith("deepspeed") and not importlib.util.find_spec("deepspeed"):
+    if not importlib.util.find_spec("deepspeed"):
         pytest.skip("deepspeed is not installed: pip install 'come_pl[deepspeed]'")
     from come_pl.cli.common import normalise
     from come_pl.cli.train import ALIASES, LISTS, SWITCHES
