@@ -44,6 +44,7 @@ class Family:
     mixed_norms: tuple[str, ...] = ()  # norms that cannot be folded: on heads, on outputs
     norm_offset: float = 0.0  # Gemma's norms scale by (1 + weight)
     needs_bos: bool = False  # Gemma without BOS in each window is unusable (shortened-llm#6)
+    learned_positions: bool = False  # a row for each: there is no position beyond the last
     output_norms: tuple[str, ...] = ()  # norms between a sublayer and the stream that it is added to
 
     @property
@@ -72,6 +73,7 @@ FAMILIES: tuple[Family, ...] = (
         attention_norm="self_attn_layer_norm",
         mlp_norm="final_layer_norm",
         needs_bos=True,
+        learned_positions=True,
     ),
     Family("gemma", ("gemma",), norm_offset=1.0, needs_bos=True),
     Family(

@@ -164,6 +164,12 @@ class Run:
         if self.finished:
             self.settle()
 
+    def close(self, root: Path, scratch: str) -> None:
+        """At the end of a finished run: remove what it no longer needs, and make it the latest of those in `root`."""
+        shutil.rmtree(self.folder / scratch, ignore_errors=True)
+        if self.folder.parent.resolve() == root.resolve():
+            self.make_latest()
+
     def make_latest(self) -> None:
         """Point `latest`, beside the folder, at it."""
         link = self.folder.parent / "latest"

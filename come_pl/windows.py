@@ -161,7 +161,7 @@ def check_readable(windows: Iterable[TokenWindows], config: Any, model: str) -> 
             )
     if positions is None or longest <= positions:
         return
-    if family_of(config).name == "opt":  # positions are learned
+    if family_of(config).learned_positions:
         raise DataError(f"seqlen is {longest}: {model!r} has positions for {positions} tokens, lower seqlen")
     warnings.warn(f"seqlen {longest} is more than the {positions} tokens that {model!r} was made for", stacklevel=2)
 

@@ -171,6 +171,7 @@ def guarded(main: Callable[[], None], goes_on_from: str = "") -> None:
     from jsonargparse import ArgumentError
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+    from come_pl.errors import first_line
     from come_pl.models import ModelError
     from come_pl.runs import RunError
 
@@ -183,7 +184,7 @@ def guarded(main: Callable[[], None], goes_on_from: str = "") -> None:
             _stop(goes_on_from)
         raise
     except MisconfigurationException as error:
-        _fail(str(error).splitlines()[0])
+        _fail(first_line(error))
     except (ModelError, RunError, ArgumentError) as error:
         _fail(" ".join(str(error).split()))
     except OSError as error:

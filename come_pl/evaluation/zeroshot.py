@@ -6,7 +6,6 @@ checkpoint in the same dtype: same prompts, tokenizer settings and seeds.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -14,6 +13,8 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from come_pl.errors import did_you_mean
 
 TASKS = ("arc_challenge", "arc_easy", "hellaswag", "openbookqa", "piqa", "winogrande", "mmlu")
 MMLU_SHOTS = 5  # as published; the others have no examples
@@ -102,8 +103,7 @@ class TaskRunner:
         known = self.manager.all_tasks
         for name in names:
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
+                hint = did_you_mean(name, known)
                 raise TaskError(
                     f"task {name!r} is not known to lm-eval {self.version}{hint} (--include_path adds a folder)"
                 )

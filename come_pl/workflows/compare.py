@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from come_pl import models
+from come_pl.errors import did_you_mean
 from come_pl.pruning.methods import METHODS, find
 from come_pl.report.style import number
 from come_pl.runs import RUN_FILE, RunError, digest, read_run, target_depth
@@ -76,8 +76,7 @@ def read_contender(text: str) -> Contender:
                 + (" with each option once" if key in options else "")
             )
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(key, known)
             raise BadMethod(f"method {text!r} has no option {key!r}; its options: {', '.join(known)}{hint}")
         options[key] = value
     label = options.pop("label", name + (f" {', '.join(f'{k}={v}' for k, v in options.items())}" if options else ""))

@@ -109,7 +109,8 @@ def distil(
     reads += [("--evaluation.data", text) for text in evaluation.data]
     run = Run(output, identity, overwrite=overwrite, main=main, reads=reads)
     with run:
-        marks = _marks(pruned, data)
+        student_model = models.load_model(str(pruned.folder / "model"), "float32")
+        marks = _marks(student_model, data)
         _check_marks(run, marks)
         if run.finished:
             print(f"{output} is finished already; --overwrite runs it again")
@@ -121,7 +122,6 @@ def distil(
                 f"the checkpoint in {str(output)!r} is {run.info['checkpoints']}, and this run's would be {written}; "
                 "go on with the --trainer.strategy and --trainer.devices that it began with, or --overwrite"
             )
-        student_model = models.load_model(str(pruned.folder / "model"), "float32")
         check_space(output, 6 * 4 * models.parameter_count(student_model) / GIB)
         dense_model = models.load_model(path, offload=offload)
         device = trainer.strategy.root_device
@@ -193,9 +193,7 @@ def distil(
         # what the dense and the pruned model say is the pruning run's to know: here they may be sharded or in bf16
         loaders = {"recovered": lambda: final.to(device)}
         finish(output, partial(ask, output, loaders, tokenizer, known=pruned.folder) if samples else None)
-        shutil.rmtree(output / FOLDER, ignore_errors=True)
-        if output.parent.resolve() == ROOT.resolve():
-            run.make_latest()
+        run.close(ROOT, FOLDER)
         print(summary(run.info))
         print(f"written to {output}")
         return output
@@ -279,9 +277,8 @@ def _check_batches(trainer: Trainer, data: DistillationData) -> None:
         )
 
 
-def _marks(pruned: Pruned, data: DistillationData) -> dict[str, dict[str, str]]:
+def _marks(student: Any, data: DistillationData) -> dict[str, dict[str, str]]:
     """Fingerprints of what a run reads, by the part of `run.json` that they stand in."""
-    student = models.load_model(str(pruned.folder / "model"), "float32", "disk")  # one matrix in memory at a time
     texts = {"fingerprint": data.windows, "validation_fingerprint": data.validation}
     return {
         "student": {"fingerprint": models.fingerprint(student)},

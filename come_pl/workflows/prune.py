@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -218,9 +217,7 @@ def prune(
             )
         loaders = {"dense": lambda: move(model, device), "pruned": lambda: move(module.student_model, device)}
         finish(output, partial(ask, output, loaders, tokenizer) if samples else None)
-        shutil.rmtree(output / SCRATCH, ignore_errors=True)
-        if output.parent.resolve() == ROOT.resolve():
-            run.make_latest()
+        run.close(ROOT, SCRATCH)
         print(summary(run.info))
         print(f"written to {output}")
         return output

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
+from come_pl.errors import did_you_mean
 from come_pl.pruning.methods.base import Method
 from come_pl.pruning.methods.come import CoMe
 from come_pl.pruning.methods.come_p import CoMeP
@@ -52,7 +51,5 @@ def find(name: str) -> tuple[str, type[Method]]:
     canonical = ALIASES.get(name, name)
     if canonical not in METHODS:
         known = [*METHODS, *ALIASES]
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UnknownMethod(f"method {name!r} is not known; known: {', '.join(known)}{hint}")
+        raise UnknownMethod(f"method {name!r} is not known; known: {', '.join(known)}{did_you_mean(name, known)}")
     return canonical, METHODS[canonical]
