@@ -83,7 +83,7 @@ class Accelerator(TorchFunctionMode):
             found = found.clone() if found.data_ptr() == given[0].data_ptr() else found
         there = any(own) if wanted is None else wanted
         if name == "copy_":
-            there = self.has(given[0])
+            there = bool(given) and self.has(given[0])
         if there:
             self.put(*_tensors(found))
         return found

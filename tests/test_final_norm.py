@@ -11,7 +11,8 @@ from conftest import tiny_model, written_by
 from test_refit import SOLVABLE, ready, with_one_window
 from torch import Tensor
 
-from come_pl.pruning import final_norm
+from come_pl.decoder import Decoder
+from come_pl.pruning import final_norm, head
 from come_pl.pruning.module import PruningModule
 from come_pl.pruning.refit import Refit
 from come_pl.record import Record, Step, replay
@@ -50,6 +51,24 @@ def whole_loss(module: PruningModule, tokens: list[Any], factor: Tensor) -> Tens
         wanted = wanted + 0.5 * torch.nn.functional.one_hot(following, len(wanted))
         losses.append(-(wanted * (head @ (u * factor + bias)).log_softmax(-1)).sum())
     return torch.stack(losses)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)])
+def test_a_divergence_is_that_of_both_distributions(
+    dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "VOCABULARY", 40)  # several parts
+    decoder = Decoder(tiny_model("llama").to(dtype))
+    draw = torch.Generator().manual_seed(0)
+    dense = 3 * torch.randn(300, decoder.geometry.hidden, generator=draw)
+    for far in (0.0, 0.03, 1.0):
+        other = (dense + far * torch.randn(dense.shape, generator=draw)).to(dtype)
+        with torch.no_grad():
+            found = head.Divergence(decoder, dense.to(dtype))(other)
+            p, q = (decoder.logits(h).double().log_softmax(-1) for h in (dense.to(dtype), other))
+        expected = (p.exp() * (p - q)).sum(-1)
+        assert found.dtype == torch.float64 and (expected > 0).all() == (far > 0)
+        assert float((found - expected).abs().max()) <= tolerance * (1 + float(expected.max()))
 
 
 @pytest.mark.parametrize("family", SOLVABLE)

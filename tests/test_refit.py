@@ -37,6 +37,24 @@ def equations(x: Any, r: Any, weight: Any, bias: bool, folds: int = 4) -> Normal
     return found
 
 
+def test_what_regressions_have_in_common_is_summed_once() -> None:
+    x, r, weight, _ = problem(False)
+    whole, features, outputs = equations(x, r, weight, False), NormalEquations(6, 0, 4, False), []
+    for fold, part in enumerate(torch.arange(len(x)).chunk(4)):
+        features.add(x[part], r[part, :0], weight[part], fold)
+    for columns in (slice(0, 1), slice(1, 3)):
+        own = NormalEquations(6, r[:, columns].shape[1], 4, False, a=features.a)
+        for fold, part in enumerate(torch.arange(len(x)).chunk(4)):
+            own.add(x[part], r[part, columns], weight[part], fold)
+        own.summed(lambda value: 2 * value)
+        assert own.a is features.a and torch.equal(own.a, whole.a), "summed over processes already"
+        own.b /= 2
+        outputs.append(own.at(0.3))
+    expected = whole.at(0.3)
+    assert expected is not None
+    torch.testing.assert_close(torch.cat([o for o in outputs if o is not None]), expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_fit_is_ridge_regression_written_out(bias: bool) -> None:
     x, r, weight, _ = problem(bias)

@@ -97,7 +97,8 @@ def test_a_divergence_is_that_of_whole_runs(family: str, gaps: list[tuple[int, i
             x.append(feature[0].double())
             out.append(after[0].double())
         t = torch.cat([states[end] for states in whole[1:]])
-        change = solved(torch.cat(x[1:]), t - torch.cat(out[1:]), t, 0.3)
+        before = torch.cat([states[first] for states in whole[1:]])
+        change = solved(torch.cat(x[1:]), t - torch.cat(out[1:]), before, 0.3)
         for window in range(4):
             spared[window] = spared[window] & (big[window][first] == big[window][end])
             mapped = (out[window] + x[window] @ change.T).float().double()

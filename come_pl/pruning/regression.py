@@ -63,14 +63,23 @@ class NormalEquations:
         outputs: width of r.
         folds: at least 2.
         bias: also fit a constant.
+        a: Σ w x xᵀ of all processes (folds, features, features), where x and w are those of another regression.
     """
 
-    def __init__(self, features: int, outputs: int, folds: int, bias: bool, device: torch.device | None = None):
+    def __init__(
+        self,
+        features: int,
+        outputs: int,
+        folds: int,
+        bias: bool,
+        device: torch.device | None = None,
+        a: Tensor | None = None,
+    ):
         if folds < 2:
             raise ValueError(f"folds {folds}: cross-validation needs at least 2")
         width = features + bias
-        self.bias = bias
-        self.a = torch.zeros(folds, width, width, dtype=torch.float64, device=device)
+        self.bias, self.known = bias, a is not None
+        self.a = torch.zeros(folds, width, width, dtype=torch.float64, device=device) if a is None else a
         self.b = torch.zeros(folds, outputs, width, dtype=torch.float64, device=device)
         self.c = torch.zeros(folds, dtype=torch.float64, device=device)
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)
@@ -83,7 +92,8 @@ class NormalEquations:
         r = torch.where(root > 0, r.float() * root, 0.0)
         if self.bias:
             x = torch.cat([x, root], dim=1)
-        self.a[fold] += x.T @ x
+        if not self.known:
+            self.a[fold] += x.T @ x
         self.b[fold] += r.T @ x
         self.c[fold] += r.square().sum(dtype=torch.float64)
         self.tokens += (root > 0).sum()
@@ -102,7 +112,7 @@ class NormalEquations:
     @property
     def sums(self) -> tuple[Tensor, ...]:
         """What processes have to add up."""
-        return self.a, self.b, self.c, self.tokens
+        return (*(() if self.known else (self.a,)), self.b, self.c, self.tokens)
 
     def _change(self, a: Tensor, b: Tensor, strength: float) -> Tensor | None:
         """Δ (outputs, width) in the dtype of the sums; None where the equations cannot be solved."""

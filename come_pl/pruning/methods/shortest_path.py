@@ -3,11 +3,12 @@
 A gap (a, b) drops the dense layers a … b − 1. Its cost is that of the dense model without them, where the MLP of the
 layer below gives as much of what is missing as its output projection can, as a repair would have it (`refit.py`):
 
-    Δ = argmin_Δ Σ_t w_t ‖T_b − h_a − Δ x‖² + λ s ‖Δ‖²,   w_t = 1 / mean_c(T_b²);      h_b = h_a + Δ x
+    Δ = argmin_Δ Σ_t w_t ‖T_b − h_a − Δ x‖² + λ s ‖Δ‖²,   w_t = 1 / mean_c(T_a²);      h_b = h_a + Δ x
     cost(a, b) = mean_t KL(dense ‖ dense with this gap),   nats a token, at every fourth position
 
-h_a is the stream before the gap, T_b the dense one after it, x the input of `down_proj` in layer a − 1; Δ is solved on
-windows of its own and stays nowhere.
+h_a is the stream before the gap, T_a the dense one there, T_b the dense one after it, x the input of `down_proj` in
+layer a − 1; Δ is solved on windows of its own and stays nowhere. All gaps that begin at a have the same x and w, so
+that Σ w x xᵀ is summed once for those that are measured one after the other.
 
 1.  Costs add up nearly, as far as gaps are apart. For each number of gaps, up to `gaps`, the set with the least sum is
     a shortest path through the boundaries 0 … L whose edges are kept layers (free) and gaps, found by dynamic
@@ -29,6 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from come_pl.decoder import Family
+from come_pl.pruning import head
 from come_pl.pruning.methods.base import Decision, NoSite
 from come_pl.pruning.methods.common import check
 from come_pl.pruning.methods.drops import Planned, rounded
@@ -44,7 +47,7 @@ from come_pl.pruning.race import Look
 from come_pl.pruning.refit import token_weights
 from come_pl.pruning.regression import NormalEquations
 from come_pl.record import Record
-from come_pl.taps import layer_run, losses_and_divergences, stream_at
+from come_pl.taps import layer_run, losses_and_divergences, projection_input, stream_at
 
 Gap = tuple[int, int]  # the first layer that is dropped, and the first above it that stays
 Costs = tuple[list[float | None], list[float | None], list[float | None]]  # see `ShortestPath.plan`
@@ -53,6 +56,28 @@ MASSIVE = 100.0  # mean square of a token's stream, in units of the window's med
 BRIDGE = 16  # windows that Δ is solved on
 STRENGTH = 0.3  # λ: what the search of a repair finds for some thousand tokens; to choose layers that will do
 OPTIMISM = 0.75  # what a gap is taken to cost before it is measured, in units of its layers one by one
+
+
+@dataclass
+class Below:
+    """What the layer below gaps that begin at `first` gives in the dense model.
+
+    Attributes:
+        both: of each window: (the stream after the layer, the input of its down_proj).
+        a: Σ w x xᵀ (folds, ffn, ffn).
+    """
+
+    first: int
+    both: list[tuple[Tensor, Tensor]]
+    a: Tensor
+
+    def at(self, place: int) -> tuple[Tensor, Tensor]:
+        return self.both[place]
+
+
+def _every(values: Tensor) -> Tensor:
+    """Those at the positions (windows, seq, …) that are looked at."""
+    return values[:, ::EVERY]
 
 
 class BridgedModel:
@@ -79,12 +104,13 @@ class BridgedModel:
                 self.solved = list(self.measured)
         # each window once, whatever it is for
         self.looks = self.measured + [look for look in self.solved if look not in self.measured]
-        self.final = [
-            module.student.run(*self._inputs(look), start=self.depth, hidden=self._dense(look, self.depth))
-            for look in self.measured
-        ]
+        self.final = [self._final(look, self.depth, self._dense(look, self.depth)) for look in self.measured]
+        self.told: list[head.Divergence] = []  # of each window that is measured; none of a head that caps its logits
+        if head.predictable(module):
+            self.told = [head.Divergence(module.student, _every(final).flatten(0, 1)) for final in self.final]
         self.massive = [self._massive(look) for look in self.looks]
         self._known: dict[tuple[Gap, ...], float] = {}
+        self._below: Below | None = None
 
     def _dense(self, look: Look, boundary: int) -> Tensor:
         return self.module.stream(look[0], boundary)[look[1]]
@@ -92,6 +118,9 @@ class BridgedModel:
     def _inputs(self, look: Look) -> tuple[Tensor, Tensor | None]:
         batch = self.module.part(look)
         return batch["input_ids"], batch["attention"]
+
+    def _final(self, look: Look, start: int, hidden: Tensor) -> Tensor:
+        return self.module.student.run(*self._inputs(look), start=start, hidden=hidden)
 
     def _massive(self, look: Look) -> Tensor:
         """(boundaries, windows, seq): whether a token's stream is massive there."""
@@ -114,7 +143,8 @@ class BridgedModel:
 
     def _divergence(self, gaps: tuple[Gap, ...]) -> float:
         module, looks, reach = self.module, self.looks, int(self.repaired)  # layers below a gap that stand in
-        streams = [self._dense(look, gaps[0][0] - reach) for look in looks]
+        # before the layer below the gap, or before the gap; those of the dense model before a first one that is bridged
+        streams = [] if self.repaired else [self._dense(look, gaps[0][0]) for look in looks]
         spared = [massive.any(0) for massive in self.massive]
         for number, (first, end) in enumerate(gaps):
             last = number + 1 == len(gaps)
@@ -130,27 +160,32 @@ class BridgedModel:
                     streams[place] = stream_at(module.student, below_next, *inputs, start=end, hidden=streams[place])
         sums = torch.zeros(2, dtype=torch.float64, device=module.device)
         for place, look in enumerate(looks):
-            final = module.student.run(*self._inputs(look), start=gaps[-1][1], hidden=streams[place])
-            batch = {name: module.part(look)[name][:, ::EVERY] for name in ("input_ids", "mask")}
-            both = final[:, ::EVERY], module.student, self.final[place][:, ::EVERY]
-            _, divergences = losses_and_divergences(module.student, *both, **batch)
-            sums += torch.stack([divergences.sum(dtype=torch.float64), batch["mask"].sum().double()])
+            found = self._nats(place, self._final(look, gaps[-1][1], streams[place]))
+            sums += torch.stack([found.sum(dtype=torch.float64), _every(module.part(look)["mask"]).sum().double()])
         nats, tokens = module.sum(sums).tolist()
         return rounded(nats / max(tokens, 1.0)) if math.isfinite(nats) else math.inf
 
+    def _nats(self, place: int, final: Tensor) -> Tensor:
+        """KL(dense ‖ that of the final states), of some positions of windows that are measured; 0 at padding."""
+        student, final = self.module.student, _every(final)
+        ids, mask = (_every(self.module.part(self.measured[place])[name]) for name in ("input_ids", "mask"))
+        if self.told:
+            return self.told[place](final.flatten(0, 1)).view(mask.shape).where(mask, 0.0)
+        return losses_and_divergences(student, final, student, _every(self.final[place]), ids, mask)[1]
+
     def _across(self, streams: Sequence[Tensor], first: int, end: int, last: bool) -> list[Tensor]:
-        """The streams after a gap, from those before the layer below it, of all windows or, for the last gap, of those
-        that are measured."""
-        module, student = self.module, self.module.student
-        path, geometry = student.family.mlp_output, student.geometry
-        equations = NormalEquations(geometry.ffn, geometry.hidden, 2, False, module.device)
+        """The streams after a gap, from those before the layer below it (none: the dense model's), of all windows or,
+        for the last gap, of those that are measured."""
+        module, geometry = self.module, self.module.student.geometry
+        below = None if streams else self._dense_below(first)
+        equations = NormalEquations(
+            geometry.ffn, geometry.hidden, 2, False, module.device, None if below is None else below.a
+        )
         found = []
-        for look, hidden in zip(self.looks, streams, strict=True):
-            out, x = layer_run(student, first - 1, path, *self._inputs(look), hidden)
+        for place, look in enumerate(self.looks):
+            out, x = self._layer(look, first, streams[place] if streams else None) if below is None else below.at(place)
             if look in self.solved:
-                batch, target = module.part(look), self._dense(look, end).float()
-                weights = token_weights(target, batch["mask"], "inverse")
-                equations.add_windows(batch, x, target - out.float(), weights)
+                self._add(equations, look, first, x, self._dense(look, end).float() - out.float())
             # an x is wide, and wanted no more once it is added up
             found.append((out, x if look in self.measured or not last else None))
         change = equations.summed(module.sum).at(STRENGTH)
@@ -159,6 +194,33 @@ class BridgedModel:
             for out, x in found
             if x is not None
         ]
+
+    def _add(self, equations: NormalEquations, look: Look, first: int, x: Tensor, lacks: Tensor) -> None:
+        batch = self.module.part(look)
+        equations.add_windows(batch, x, lacks, token_weights(self._dense(look, first), batch["mask"], "inverse"))
+
+    def _layer(self, look: Look, first: int, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(output of the layer below a gap, input of its down_proj) on the stream `hidden`, by default the dense one,
+        whose output is known."""
+        student, path = self.module.student, self.module.student.family.mlp_output
+        if hidden is not None:
+            return layer_run(student, first - 1, path, *self._inputs(look), hidden)
+        hidden = self._dense(look, first - 1)
+        return self._dense(look, first), projection_input(student, first - 1, path, *self._inputs(look), hidden)
+
+    def _dense_below(self, first: int) -> Below | None:
+        """What all gaps that begin there have in common; None where there is no memory for it."""
+        if self.module.cache != "ram":
+            return None
+        if self._below is None or self._below.first != first:
+            self._below, geometry = None, self.module.student.geometry
+            both = [self._layer(look, first, None) for look in self.looks]
+            equations = NormalEquations(geometry.ffn, 0, 2, False, self.module.device)
+            for look, (_, x) in zip(self.looks, both, strict=True):
+                if look in self.solved:
+                    self._add(equations, look, first, x, x[..., :0].float())
+            self._below = Below(first, both, equations.summed(self.module.sum).a)
+        return self._below
 
 
 def shortest_paths(depth: int, remove: int, most: int, cost: Callable[[Gap], float]) -> dict[int, list[Gap]]:
