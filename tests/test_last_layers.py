@@ -103,9 +103,10 @@ def test_loss_and_derivatives_are_those_of_whole_models(family: str, layers: int
     losses = {which: last.loss(part, change) for which, part in parts.items()}
     found = last.derivatives(parts[False], change, True)
     names = names_of(module, layers)
-    assert list(found) == names and all(
-        each.a is None for each in last.derivatives(parts[False], change, False).values()
-    )
+    again = last.derivatives(parts[False], change, False)
+    assert list(found) == list(again) == names and all(each.a is each.g is None for each in again.values())
+    for name, each in again.items():
+        torch.testing.assert_close(each.gradient, found[name].gradient)
     assert last.loss(parts[True], 0 * change) != losses[True]
 
     for name, own in last.split(change).items():
@@ -140,9 +141,9 @@ def test_a_step_is_newton_s_with_curvature_in_factors() -> None:
         rows, columns = part.weight.shape
         gradient = torch.randn(rows, columns, generator=draw, dtype=torch.float64)
         found[name] = last_layers.Derivatives(gradient, positive(rows), positive(columns))
-    features: dict[str, Any] = {}
-    step = last.step(dict(found), features)
-    again = {name: last_layers.Derivatives(each.gradient, each.g, None) for name, each in found.items()}
+    factors: dict[str, Any] = {}
+    step = last.step(dict(found), factors)
+    again = {name: last_layers.Derivatives(each.gradient, None, None) for name, each in found.items()}
     for strength in (0.1, 30.0):
         taken = last.split(step(strength))
         for name, each in found.items():
@@ -151,9 +152,9 @@ def test_a_step_is_newton_s_with_curvature_in_factors() -> None:
             damped = torch.kron(each.g, each.a) + strength * mean * torch.eye(each.gradient.numel())
             expected = torch.linalg.solve(damped, each.gradient.flatten()).view(each.gradient.shape)
             torch.testing.assert_close(taken[name], expected)
-        torch.testing.assert_close(last.step(dict(again), features)(strength), step(strength))
-    again[name].g *= math.nan
-    assert not bool(last.step(again, features)(1.0).isfinite().any()), "an eigenproblem would fail"
+        torch.testing.assert_close(last.step(dict(again), factors)(strength), step(strength))
+    found[name].g *= math.nan
+    assert not bool(last.step(found, factors)(1.0).isfinite().any()), "an eigenproblem would fail"
 
 
 def test_newton_takes_the_best_strength_and_no_step_that_is_no_better() -> None:

@@ -23,13 +23,13 @@ It learns from the text as well as from the dense model, and on text of another 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from come_pl.decoder import Geometry
@@ -37,7 +37,7 @@ from come_pl.offload import present
 from come_pl.pruning import final_norm, head
 from come_pl.pruning.head import Targets
 from come_pl.pruning.regression import folds_of
-from come_pl.surgery import FINAL_NORM, set_weights
+from come_pl.surgery import FINAL_NORM, put_back, set_weights
 from come_pl.taps import stream_at, streams, targets_of
 
 if TYPE_CHECKING:
@@ -93,23 +93,16 @@ def projections(module: PruningModule, folds: int, layers: int, tokens: int = TO
         seen, unseen = _windows(module, folds, math.inf, last.lowest)
     if not _everywhere(module, seen, unseen):
         return {}
-    features: dict[str, Factors] = {}  # they hardly change, and are decomposed once
+    factors: dict[str, tuple[Factors, Factors]] = {}  # they hardly change from one step to the next
     change = head.newton(
         torch.zeros(sum(last.sizes), device=module.device),
         lambda change: last.loss(unseen, change),
-        lambda change: last.step(last.derivatives(seen, change, not features), features),
+        lambda change: last.step(last.derivatives(seen, change, not factors), factors),
         STRENGTHS,
         1000.0,
         STEPS,
     )
-    if change is None:
-        return {}
-    new = {}
-    for name, own in last.split(change).items():
-        weight = last.parts[name].weight
-        with present(weight):
-            new[f"{name}.weight"] = (weight.float() + own.to(weight.device)).to(weight.dtype)
-    return new
+    return {} if change is None else last.with_change(change)
 
 
 @dataclass
@@ -165,10 +158,10 @@ def _windows(module: PruningModule, folds: int, tokens: float, lowest: int) -> t
 
 @dataclass
 class Derivatives:
-    """Means over tokens, fp64, of one projection: gradient (out, in), G (out, out), A (in, in) or none."""
+    """Means over tokens, fp64, of one projection: gradient (out, in), and G (out, out) and A (in, in), or none."""
 
     gradient: Tensor
-    g: Tensor
+    g: Tensor | None
     a: Tensor | None
 
 
@@ -197,23 +190,28 @@ class _Last:
         each = zip(self.parts.items(), change.split(self.sizes), strict=True)
         return {name: own.view(part.weight.shape) for (name, part), own in each}
 
-    @contextlib.contextmanager
-    def _changed(self, change: Tensor, seen: Callable[[str, Tensor, Tensor], Tensor] | None = None) -> Iterator[None]:
-        """Within it the projections are changed. `seen` is given the name of each, its input and its output, and what
-        it returns takes the output's place."""
-        handles = []
+    def with_change(self, change: Tensor) -> dict[str, Tensor]:
+        """The projections' changed weights, in their dtype, by the names of `surgery.set_weights`."""
+        new = {}
         for name, own in self.split(change).items():
+            weight = self.parts[name].weight
+            with present(weight):
+                new[f"{name}.weight"] = (weight.float() + own.to(weight.device)).to(weight.dtype)
+        return new
 
-            def after(module: nn.Module, args: tuple, output: Tensor, name: str = name, own: Tensor = own) -> Tensor:
-                output = output + F.linear(args[0], own.to(args[0].dtype))
-                return output if seen is None else seen(name, args[0], output)
-
-            handles.append(self.parts[name].register_forward_hook(after))
+    @contextlib.contextmanager
+    def _changed(self, change: Tensor) -> Iterator[None]:
+        """Within it the projections are changed."""
+        if not bool(change.any()):
+            yield
+            return
+        before = [(layer, dict(layer.named_parameters())) for layer in self.student.layers[self.lowest :]]
+        set_weights(self.student, self.with_change(change))
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            for layer, parameters in before:
+                put_back(layer, parameters)
 
     def _states(self, window: Window) -> Tensor:
         """Final states (tokens, hidden) of what is predicted from."""
@@ -232,22 +230,12 @@ class _Last:
         nats, tokens = self.module.sum(sums).tolist()
         return head.mean(nats, tokens)
 
-    def derivatives(self, windows: list[Window], change: Tensor, features: bool) -> dict[str, Derivatives]:
-        """Of the loss, by projection; A only with `features`. One layer's graph is in memory at a time."""
-        sums = {name: _zeros(part, features) for name, part in self.parts.items()}
-        for window in windows:
-            with torch.no_grad(), self._changed(change), streams(self.student, self.boundaries) as kept:
-                self._states(window)
-            slopes = self._slopes(window, kept[len(self.student)])
-            for index in range(len(self.student) - 1, self.lowest - 1, -1):
-                hidden = kept[index] if index > self.lowest else window.hidden
-                found, slopes = self._back(index, window, hidden, change, slopes)
-                for name, (x, slope, own) in found.items():
-                    total = sums[name]
-                    total.gradient += (slope.T @ x).double()
-                    total.g += _outer(own * window.size)
-                    if total.a is not None:
-                        total.a += _outer(x / window.size)
+    def derivatives(self, windows: list[Window], change: Tensor, factors: bool) -> dict[str, Derivatives]:
+        """Of the loss, by projection; G and A only with `factors`. One layer's graph is in memory at a time."""
+        sums = {name: _zeros(part, factors) for name, part in self.parts.items()}
+        with self._changed(change):
+            for window in windows:
+                self._add(window, sums, factors)
         tokens = float(self.module.sum(torch.tensor(float(sum(len(window.at) for window in windows)))))
         for total in sums.values():
             for field, value in vars(total).items():
@@ -255,8 +243,23 @@ class _Last:
                     setattr(total, field, self.module.sum(value).to(value.device) / tokens)
         return sums
 
-    def _slopes(self, window: Window, stream: Tensor) -> tuple[Tensor, Tensor]:
-        """(of the loss, of the nats of the next tokens) at the stream after the last layer (1, seq, hidden)."""
+    def _add(self, window: Window, sums: dict[str, Derivatives], factors: bool) -> None:
+        with torch.no_grad(), streams(self.student, self.boundaries) as kept:
+            self._states(window)
+        slopes = self._slopes(window, kept[len(self.student)], factors)
+        for index in range(len(self.student) - 1, self.lowest - 1, -1):
+            hidden = kept[index] if index > self.lowest else window.hidden
+            found, slopes = self._back(index, window, hidden, slopes)
+            for name, (x, slope, *own) in found.items():
+                total = sums[name]
+                total.gradient += (slope.T @ x).double()
+                if total.g is not None and total.a is not None:
+                    total.g += _outer(own[0] * window.size)
+                    total.a += _outer(x / window.size)
+
+    def _slopes(self, window: Window, stream: Tensor, factors: bool) -> list[Tensor]:
+        """Of the loss and, with `factors`, of the nats of the next tokens, at the stream after the last layer
+        (1, seq, hidden)."""
         weight, norm = self.student.model.get_output_embeddings().weight, self.student.final_norm
         state = stream[0, :-1][window.counted].detach().requires_grad_()
         with torch.enable_grad():
@@ -265,55 +268,60 @@ class _Last:
             parts = head.logits_of(self.module, window.at, normed.detach().__getitem__)
             expected = torch.cat([head.expected(weight, logits) for *_, logits in parts])
         found = []
-        for wanted in (window.at.y, weight[window.at.following].float()):
+        for wanted in (window.at.y, weight[window.at.following].float())[: 1 + factors]:
             [slope] = torch.autograd.grad(normed, state, (expected - wanted).to(normed.dtype), retain_graph=True)
             whole = torch.zeros_like(stream)
             whole[0, :-1][window.counted] = slope
             found.append(whole)
-        return found[0], found[1]
+        return found
 
     def _back(
-        self, index: int, window: Window, hidden: Tensor, change: Tensor, slopes: tuple[Tensor, Tensor]
-    ) -> tuple[dict[str, tuple[Tensor, Tensor, Tensor]], tuple[Tensor, Tensor]]:
-        """Through one layer: ({projection: (its input, slopes of both kinds at its output), (tokens, channels), fp32},
-        both at the layer's input; those at the lowest layer's are not asked for)."""
+        self, index: int, window: Window, hidden: Tensor, slopes: list[Tensor]
+    ) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
+        """Through one layer: ({projection: [its input, slopes of each kind at its output], (tokens, channels), fp32},
+        slopes of each kind at the layer's input; those at the lowest layer's are not asked for)."""
         got: dict[str, Tensor] = {}
         given: dict[str, Tensor] = {}
 
-        def seen(name: str, x: Tensor, output: Tensor) -> Tensor:
-            got[name], given[name] = x.detach(), output if output.requires_grad else output.detach().requires_grad_()
+        def seen(name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            got[name] = args[0].detach()
+            given[name] = output if output.requires_grad else output.detach().requires_grad_()
             return given[name]
 
-        hidden = hidden.detach().requires_grad_(index > self.lowest)
-        with present(self.student.layers[index]):  # for autograd, too
-            with torch.enable_grad(), self._changed(change, seen):
+        layer, hidden = self.student.layers[index], hidden.detach().requires_grad_(index > self.lowest)
+        own = {name: part for name, part in self.parts.items() if name.startswith(f"{index}.")}
+        with present(layer):  # for autograd, too
+            handles = [part.register_forward_hook(functools.partial(seen, name)) for name, part in own.items()]
+            with torch.enable_grad():
                 out = stream_at(self.student, index + 1, *window.inputs, start=index, hidden=hidden)
+            for handle in handles:
+                handle.remove()
             at = [*given.values(), *([hidden] if hidden.requires_grad else [])]
-            both = [torch.autograd.grad(out, at, slope, retain_graph=True) for slope in slopes]
+            found = [torch.autograd.grad(out, at, slope, retain_graph=len(slopes) > 1) for slope in slopes]
 
         def rows(value: Tensor) -> Tensor:
             return value.reshape(len(window.counted) + 1, -1)[:-1][window.counted].float()
 
-        found = {
-            name: (rows(got[name]), rows(slope), rows(own)) for name, slope, own in zip(given, *both, strict=False)
-        }
-        return found, (both[0][-1], both[1][-1])
+        told = {name: [rows(got[name]), *(rows(each[place]) for each in found)] for place, name in enumerate(given)}
+        return told, [each[-1] for each in found]
 
-    def step(self, found: dict[str, Derivatives], features: dict[str, Factors]) -> Callable[[float], Tensor]:
+    def step(
+        self, found: dict[str, Derivatives], factors: dict[str, tuple[Factors, Factors]]
+    ) -> Callable[[float], Tensor]:
         """λ → (G ⊗ A + λ Ḡ Ā I)⁻¹ applied to the gradient, of all projections; not finite where these are not.
 
         Args:
             found: of each projection; taken out one by one, so that no more is in memory than before.
-            features: of A of each projection; filled where `found` has it.
+            factors: of G and A of each projection; filled where `found` has them.
         """
         if not all(bool(v.isfinite().all()) for d in found.values() for v in vars(d).values() if v is not None):
             return lambda strength: torch.full((sum(self.sizes),), math.inf)
         turned: list[tuple[Tensor, Factors, Factors]] = []
         for name in list(found):
             each = found.pop(name)
-            if each.a is not None:
-                features[name] = tuple(torch.linalg.eigh(each.a))
-            g, a = tuple(torch.linalg.eigh(each.g)), features[name]
+            if each.g is not None and each.a is not None:
+                factors[name] = tuple(torch.linalg.eigh(each.g)), tuple(torch.linalg.eigh(each.a))
+            g, a = factors[name]
             turned.append((g[1].T @ each.gradient @ a[1], g, a))
 
         def solved(strength: float) -> Tensor:
@@ -330,8 +338,8 @@ def _outer(rows: Tensor) -> Tensor:
     return (rows.T @ rows).double()
 
 
-def _zeros(part: nn.Linear, features: bool) -> Derivatives:
+def _zeros(part: nn.Linear, factors: bool) -> Derivatives:
     rows, columns = part.weight.shape
     options: dict[str, Any] = {"dtype": torch.float64, "device": part.weight.device}
-    a = torch.zeros(columns, columns, **options) if features else None
-    return Derivatives(torch.zeros(rows, columns, **options), torch.zeros(rows, rows, **options), a)
+    g, a = (torch.zeros(width, width, **options) if factors else None for width in (rows, columns))
+    return Derivatives(torch.zeros(rows, columns, **options), g, a)
