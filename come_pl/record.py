@@ -252,6 +252,11 @@ def groups_after(groups: Sequence[Sequence[int]], step: Step) -> list[list[int]]
     return [*after[:first], sum(after[first : last + 1], []), *after[last + 1 :]]
 
 
+def lowest_changed(step: Step) -> int:
+    """The lowest student layer that a step changes; −1 for one that changes the embeddings, too."""
+    return -1 if step.scale is not None else min([*step.layers, *step.layers_with_weights])
+
+
 def apply(step: Step, student: Decoder, layer: nn.Module | None = None) -> None:
     """Do a step to a student. `layer` is the merged layer if it is already built."""
     if step.kind == "drop":

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from come_pl.offload import present
-from come_pl.taps import projection_input
 
 if TYPE_CHECKING:
     from come_pl.pruning.module import PruningModule
@@ -78,8 +77,7 @@ def concatenated(
     def reads(number: int) -> Tensor:
         if number in held:
             return held[number]
-        batch = module.batches[number]
-        x = projection_input(student, index, path, batch["input_ids"], batch["attention"], module.stream(number, index))
+        x = module.reads(number, index, path)
         if module.cache == "ram":  # as much again as one boundary of the stream
             held[number] = x
         return x

@@ -45,6 +45,7 @@ class ProgressivePruning(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PruningModule)
         self.meter = Meter(pl_module.device)
+        pl_module.keeps_dense = self.refit.on
         self.announce(pl_module)
         pl_module.pass_windows = None if self.refit.needs else self.method.pass_windows
         pl_module.statistics.to(pl_module.device)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from come_pl import record as records
 from come_pl.decoder import Decoder, attention_mask
 from come_pl.offload import Offload, Store, aside, matrices, take_back
-from come_pl.pruning.batches import CalibrationBatches
 from come_pl.pruning.race import Look, Race
 from come_pl.pruning.sites import SiteRace
-from come_pl.pruning.streams import Block, Cache, FileBlock, Streams
+from come_pl.pruning.states import CalibrationStates, inputs_of
+from come_pl.pruning.streams import Cache, FileBlock
 from come_pl.record import Record, Step
 from come_pl.surgery import share
 from come_pl.taps import (
@@ -26,7 +26,6 @@ from come_pl.taps import (
     boundaries,
     losses_and_divergences,
     projection_inputs,
-    stream_at,
     targets_of,
     token_losses,
 )
@@ -37,7 +36,7 @@ class NotFinite(ValueError):
     """Calibration gave NaN or infinity."""
 
 
-class PruningModule(CalibrationBatches):
+class PruningModule(CalibrationStates):
     """Holds the dense model (teacher) and the model being pruned (student), and collects statistics of the student.
 
     One epoch is one pass over the calibration windows. After a step only the layers from the lowest changed one upward
@@ -102,12 +101,9 @@ class PruningModule(CalibrationBatches):
         self.teacher, self.student = (Decoder(m, self.compile_layers) for m in (self.teacher_model, self.student_model))
         self.needs, self.span = frozenset(needs), span
         self.hold()
-        self._streams = Streams(self.cache_gib, files)
         self._store, self._retired = Store(files), list[nn.Parameter]()  # of dense layers that nobody needs
-        self._states: list[Block | None] = []  # of each batch
-        self._valid: list[int] = []  # of each: its highest boundary that is the student's as it is
+        self.hold_streams(files)
         self.sites = SiteRace()
-        self._teacher_states: dict[int, Block] = {}  # the same of the teacher, once something asks for them
         self._teacher_final: dict[int, Tensor] = {}
         self._ahead: set[int] = set()  # batches that the next pass need not run: monitoring measured them
         self.statistics = self._fresh_statistics()
@@ -147,7 +143,7 @@ class PruningModule(CalibrationBatches):
                 self.sites.narrow([batch["mask"] for batch in self.batches[: batch_idx + 1]])
             if monitored is not None:
                 if final is None or self.record.steps:
-                    final = self.teacher.run(*_inputs(self.part((batch_idx, monitored))))
+                    final = self.teacher.run(*inputs_of(self.part((batch_idx, monitored))))
                 # else the student is the dense model still
                 self._teacher_final[batch_idx] = final[: monitored.stop]
 
@@ -181,58 +177,14 @@ class PruningModule(CalibrationBatches):
             self._valid[batch_idx] = stop
         return final
 
-    @property
-    def start(self) -> int:
-        """The lowest layer that the next pass runs; to there the streams of all batches are the student's as it is."""
-        return max(min(self._valid, default=0), 0)
-
-    def _start(self, batch_idx: int) -> int:
-        """The lowest layer that a batch has to run."""
-        return 0 if self._states[batch_idx] is None else max(self._valid[batch_idx], 0)
-
-    def _block(self, decoder: Decoder, batch: dict[str, Any]) -> Block | None:
-        """Room for the streams of a batch; None where nothing is kept."""
-        if self.cache == "none":
-            return None
-        shape = (*batch["input_ids"].shape, decoder.geometry.hidden)
-        return self._streams.block(len(decoder) + 1, torch.empty(shape, dtype=decoder.model.dtype, device="meta"))
-
-    def _back(self, kept: Block, boundary: int) -> Tensor:
-        return kept[boundary].to(self.device, non_blocking=True)
-
     def _forward(self, look: Look, start: int, **arrangement: Any) -> Tensor:
         kept = self._states[look[0]]
         if kept is None:
             start = 0
         hidden = kept[start][look[1]] if kept is not None and start else None
-        return self.student.run(*_inputs(self.part(look)), start=start, hidden=hidden, **arrangement)
+        return self.student.run(*inputs_of(self.part(look)), start=start, hidden=hidden, **arrangement)
 
     # -- what methods may ask for -----------------------------------------------------------------------------------
-
-    @torch.inference_mode()
-    def stream(self, batch_idx: int, boundary: int) -> Tensor:
-        """The student's stream (batch, seq, hidden) before layer `boundary`, of one batch of `batches`."""
-        kept, valid = self._states[batch_idx], self._valid[batch_idx]
-        if kept is not None and boundary <= valid:
-            return self._back(kept, boundary)
-        start, hidden = 0, None
-        if kept is not None and valid > 0:
-            start, hidden = valid, self._back(kept, valid)
-        return stream_at(self.student, boundary, *_inputs(self.batches[batch_idx]), start=start, hidden=hidden)
-
-    @torch.inference_mode()
-    def teacher_stream(self, batch_idx: int, boundary: int) -> Tensor:
-        """The teacher's stream (batch, seq, hidden) before its layer `boundary`, of one batch of `batches`."""
-        if self.cache == "none":
-            return stream_at(self.teacher, boundary, *_inputs(self.batches[batch_idx]))
-        kept = self._teacher_states.get(batch_idx)
-        if kept is None:
-            kept = self._block(self.teacher, self.batches[batch_idx])
-            assert kept is not None
-            with boundaries(self.teacher, into=kept):
-                self.teacher.run(*_inputs(self.batches[batch_idx]))
-            self._teacher_states[batch_idx] = kept
-        return self._back(kept, boundary)
 
     @torch.inference_mode()
     def loss(
@@ -290,9 +242,11 @@ class PruningModule(CalibrationBatches):
 
     def do(self, step: Step, layer: nn.Module | None = None) -> None:
         """Apply a step to the student; the next pass starts at the lowest changed layer."""
+        lowest = records.lowest_changed(step)
+        if self.keeps_dense and not self.record.steps:
+            self.hand_over(lowest)
         records.apply(step, self.student, layer)
-        lowest = min([*step.layers, *step.layers_with_weights])
-        self.changed_from(-1 if step.scale is not None else lowest)  # a scale changes the embeddings too
+        self.changed_from(lowest)
 
     def retire(self) -> None:
         """Write the matrices of dense layers that the student has no more to files, and let go of them. Until `recall`
@@ -316,35 +270,9 @@ class PruningModule(CalibrationBatches):
         from there on."""
         lowest = -1 if self.cache == "none" else lowest
         self._ahead.clear()
-        self._valid = [min(valid, lowest) for valid in self._valid]
+        self.streams_changed_from(lowest)
         self.sites.forget(max(lowest, 0))
         self.statistics = self.statistics.carry(len(self.student), max(lowest, 0))
-
-    @torch.inference_mode()
-    def reach(self, boundary: int) -> None:
-        """Make the student's streams of all windows valid up to a boundary."""
-        if self.cache == "none":
-            return
-        self.pass_windows = None
-        for index, batch in enumerate(self.batches):
-            if self._states[index] is None or self._valid[index] < 0:
-                store = self._states[index] = self._states[index] or self._block(self.student, batch)
-                assert store is not None
-                store[0] = stream_at(self.student, 0, *_inputs(batch))
-                self._valid[index] = 0
-        for layer in range(self.start, boundary):
-            self.advance(layer)
-
-    @torch.inference_mode()
-    def advance(self, layer: int) -> None:
-        """Run one layer of the student again, so that the stream after it is valid."""
-        if self.cache == "none":
-            return
-        for index, store in enumerate(self._states):
-            assert store is not None and self._valid[index] >= layer, "streams are advanced from below"
-            inputs, hidden = _inputs(self.batches[index]), self._back(store, layer)
-            store[layer + 1] = stream_at(self.student, layer + 1, *inputs, start=layer, hidden=hidden)
-            self._valid[index] = layer + 1
 
     @torch.inference_mode()
     def monitor(self, ahead: bool = False) -> tuple[float, float]:
@@ -388,7 +316,3 @@ class PruningModule(CalibrationBatches):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         return {}  # the record is what a run resumes from
-
-
-def _inputs(batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    return batch["input_ids"], batch["attention"]

@@ -191,6 +191,7 @@ class Refit:
             gaps = self.gaps_ahead(record)
             lowest = min([next(i for i, group in enumerate(record.groups) if len(group) > 1), *gaps])
             for sweep in range(self.sweeps):
+                module.changed_from(lowest)
                 module.reach(lowest)
                 layers = range(lowest, len(module.student))
                 for layer in tqdm(layers, "repairing", leave=False, unit="layer", disable=module.global_rank > 0):
@@ -203,7 +204,6 @@ class Refit:
                         errors[layer] = None
                         self._layer(module, record, layer, weights, errors, shares)
                     module.advance(layer)
-                module.changed_from(lowest)
             if self.final:
                 module.reach(len(module.student))
                 weights |= last_layers.repaired_head(module, self.folds, self.last)
@@ -233,6 +233,7 @@ class Refit:
         gaps: Sequence[Gap] = (),
     ) -> None:
         family, end = module.student.family, record.groups[index][-1] + 1
+        module.inputs.begin(index)
         source = record.sources[index] if self.parts == "all" else None
         before, left, repaired = 0.0, 0.0, False  # the layer's error
         for path, reads in (
@@ -326,6 +327,7 @@ class Refit:
     ) -> None:
         new = {f"{index}.{path}.{name}": value for path, own in changed.items() for name, value in own.items()}
         set_weights(module.student, new)
+        module.inputs.changed(module.student, [path for path, own in changed.items() if own])
         weights.update(new)
 
     def _solved(self, path: str, equations: NormalEquations) -> Fit | None:
@@ -353,10 +355,7 @@ class Refit:
         equations = NormalEquations(student.geometry.hidden, student.geometry.hidden, self.folds, False, module.device)
         for number, batch in enumerate(module.batches):
             inputs = batch["input_ids"], batch["attention"]
-            if reads is None:
-                x = projection_input(student, index, path, *inputs, module.stream(number, index))
-            else:
-                x = reads(number)
+            x = module.reads(number, index, path) if reads is None else reads(number)
             wanted = projection_input(teacher, source, path, *inputs, module.teacher_stream(number, source))
             equations.add_windows(batch, x, wanted.float() - x.float(), batch["mask"].float())
         return equations.summed(module.sum)
@@ -396,7 +395,8 @@ class Refit:
             target = torch.zeros_like(hidden, dtype=torch.float32)
             for (share, boundary), scale in zip(wanted, scales, strict=True):
                 target.add_(module.teacher_stream(number, boundary).float(), alpha=share * scale)
-            out, x = layer_run(student, place, path, batch["input_ids"], batch["attention"], hidden, layer)
+            with module.inputs.used(student, None if layer else first, number):
+                out, x = layer_run(student, place, path, batch["input_ids"], batch["attention"], hidden, layer)
             weight = token_weights(target, batch["mask"], self.weighting)
             residual = target - out.float()
             equations.add_windows(batch, x, residual, weight)
@@ -414,6 +414,7 @@ def _memory(module: PruningModule, index: int, weights: dict[str, Tensor]) -> Ca
 
     def restore() -> None:
         put_back(layer, parameters)
+        module.inputs.begin(index)
         weights.clear()
         weights.update(before)
 

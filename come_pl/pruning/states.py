@@ -1,0 +1,156 @@
+"""The streams of the student and of the dense model on the calibration windows, kept from one pass to the next."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from come_pl.decoder import Decoder
+from come_pl.pruning.batches import CalibrationBatches
+from come_pl.pruning.inputs import KnownInputs
+from come_pl.pruning.streams import Block, Cache, Streams
+from come_pl.record import Record, lowest_changed
+from come_pl.taps import boundaries, projection_input, stream_at
+from come_pl.tensors import Scratch
+
+
+class CalibrationStates(CalibrationBatches):
+    """Streams of each batch of `batches` at each boundary, in memory, in files or nowhere.
+
+    Attributes:
+        teacher, student: the dense model, and the one that is pruned.
+        keeps_dense: the dense model's streams will be asked for when the student is another.
+        inputs: of the output projections of the layer that is repaired.
+    """
+
+    teacher: Decoder
+    student: Decoder
+    record: Record
+    cache: Cache
+    cache_gib: float
+    compile_layers: bool
+    keeps_dense = False
+    pass_windows: int | None
+
+    def hold_streams(self, files: Scratch) -> None:
+        """Begin without any stream."""
+        self._streams = Streams(self.cache_gib, files)
+        self._states: list[Block | None] = []  # of each batch
+        self._valid: list[int] = []  # of each: its highest boundary that is the student's as it is
+        self._teacher_states: dict[int, Block] = {}  # the same of the teacher, once something asks for them
+        # to this boundary the student's streams are the dense model's
+        self._shared = min((lowest_changed(step) for step in self.record.steps), default=len(self.teacher))
+        in_memory = self.cache == "ram" and self.cache_gib == math.inf
+        self.inputs = KnownInputs(enabled=in_memory and not self.compile_layers)  # compiled layers run as they are
+
+    @property
+    def start(self) -> int:
+        """The lowest layer that the next pass runs; to there the streams of all batches are the student's as it is."""
+        return max(min(self._valid, default=0), 0)
+
+    def _start(self, batch_idx: int) -> int:
+        """The lowest layer that a batch has to run."""
+        return 0 if self._states[batch_idx] is None else max(self._valid[batch_idx], 0)
+
+    def _block(self, decoder: Decoder, batch: dict[str, Any]) -> Block | None:
+        """Room for the streams of a batch; None where nothing is kept."""
+        if self.cache == "none":
+            return None
+        shape = (*batch["input_ids"].shape, decoder.geometry.hidden)
+        return self._streams.block(len(decoder) + 1, torch.empty(shape, dtype=decoder.model.dtype, device="meta"))
+
+    def _back(self, kept: Block, boundary: int) -> Tensor:
+        return kept[boundary].to(self.device, non_blocking=True)
+
+    @torch.inference_mode()
+    def stream(self, batch_idx: int, boundary: int) -> Tensor:
+        """The student's stream (batch, seq, hidden) before layer `boundary`, of one batch of `batches`."""
+        kept, valid = self._states[batch_idx], self._valid[batch_idx]
+        if kept is not None and boundary <= valid:
+            return self._back(kept, boundary)
+        start, hidden = 0, None
+        if kept is not None and valid > 0:
+            start, hidden = valid, self._back(kept, valid)
+        return stream_at(self.student, boundary, *inputs_of(self.batches[batch_idx]), start=start, hidden=hidden)
+
+    def reads(self, batch_idx: int, layer: int, path: str) -> Tensor:
+        """What projection `path` of a student layer gets (batch, seq, channels), of one batch."""
+        hidden = self.stream(batch_idx, layer)
+        with self.inputs.used(self.student, layer, batch_idx, path):
+            return projection_input(self.student, layer, path, *inputs_of(self.batches[batch_idx]), hidden)
+
+    @torch.inference_mode()
+    def teacher_stream(self, batch_idx: int, boundary: int) -> Tensor:
+        """The teacher's stream (batch, seq, hidden) before its layer `boundary`, of one batch of `batches`."""
+        if self.cache == "none":
+            return stream_at(self.teacher, boundary, *inputs_of(self.batches[batch_idx]))
+        own = self._states[batch_idx]
+        if own is not None and boundary <= min(self._valid[batch_idx], self._shared):
+            return self._back(own, boundary)
+        kept = self._teacher_states.get(batch_idx)
+        if kept is None:
+            kept = self._block(self.teacher, self.batches[batch_idx])
+            assert kept is not None
+            with boundaries(self.teacher, into=kept):
+                self.teacher.run(*inputs_of(self.batches[batch_idx]))
+            self._teacher_states[batch_idx] = kept
+        return self._back(kept, boundary)
+
+    def hand_over(self, lowest: int) -> None:
+        """The streams of the student, which is the dense model still, become the teacher's; it keeps those that it will
+        have when its layers from `lowest` on are others, as they are going to be."""
+        for index, kept in enumerate(self._states):
+            if kept is None or self._valid[index] < len(self.teacher) or index in self._teacher_states:
+                continue
+            self._teacher_states[index] = kept
+            own = self._states[index] = self._block(self.student, self.batches[index])
+            assert own is not None
+            for boundary in range(lowest + 1):
+                own[boundary] = kept[boundary]
+
+    def streams_changed_from(self, lowest: int) -> None:
+        """The student is another from layer `lowest` on; −1: its embeddings are others, too."""
+        self.inputs.begin(None)
+        self._shared = min(self._shared, lowest)
+        self._valid = [min(valid, lowest) for valid in self._valid]
+
+    @torch.inference_mode()
+    def reach(self, boundary: int) -> None:
+        """Make the student's streams of all windows valid up to a boundary."""
+        if self.cache == "none":
+            return
+        self.pass_windows = None
+        for index, batch in enumerate(self.batches):
+            if self._states[index] is None or self._valid[index] < 0:
+                own = self._shared < 0
+                embedded = stream_at(self.student, 0, *inputs_of(batch)) if own else self.teacher_stream(index, 0)
+                store = self._states[index] = self._states[index] or self._block(self.student, batch)
+                assert store is not None
+                store[0] = embedded
+                self._valid[index] = 0
+        for layer in range(self.start, boundary):
+            self.advance(layer)
+
+    @torch.inference_mode()
+    def advance(self, layer: int) -> None:
+        """Run one layer of the student again, so that the stream after it is valid."""
+        if self.cache == "none":
+            return
+        for index, store in enumerate(self._states):
+            assert store is not None and self._valid[index] >= layer, "streams are advanced from below"
+            if layer < self._shared:
+                store[layer + 1] = self.teacher_stream(index, layer + 1)
+            else:
+                inputs, hidden = inputs_of(self.batches[index]), self._back(store, layer)
+                with self.inputs.used(self.student, layer, index):
+                    store[layer + 1] = stream_at(self.student, layer + 1, *inputs, start=layer, hidden=hidden)
+            self._valid[index] = layer + 1
+        self.inputs.begin(None)
+
+
+def inputs_of(batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """What the model gets."""
+    return batch["input_ids"], batch["attention"]
