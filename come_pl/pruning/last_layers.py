@@ -38,7 +38,7 @@ from come_pl.pruning import final_norm, head
 from come_pl.pruning.head import Targets
 from come_pl.pruning.regression import folds_of
 from come_pl.surgery import FINAL_NORM, put_back, set_weights
-from come_pl.taps import stream_at, streams, targets_of
+from come_pl.taps import stream_at, targets_of
 
 if TYPE_CHECKING:
     from come_pl.pruning.module import PruningModule
@@ -165,6 +165,21 @@ class Derivatives:
     a: Tensor | None
 
 
+@dataclass
+class Run:
+    """One layer's forward, with its graph.
+
+    Attributes:
+        inputs, outputs: of its output projections, by name, in the order in which they run.
+        hidden, output: the stream before and after it (1, seq, hidden).
+    """
+
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    hidden: Tensor
+    output: Tensor
+
+
 class _Last:
     """The last layers of the student, and changes of their output projections: as one vector, of all projections.
 
@@ -176,7 +191,6 @@ class _Last:
     def __init__(self, module: PruningModule, layers: int):
         self.module, self.student = module, module.student
         self.lowest = len(self.student) - layers
-        self.boundaries = range(self.lowest + 1, len(self.student) + 1)
         family = self.student.family
         self.parts: dict[str, nn.Linear] = {
             f"{index}.{path}": self.student.part(self.student.layers[index], path)
@@ -231,7 +245,7 @@ class _Last:
         return head.mean(nats, tokens)
 
     def derivatives(self, windows: list[Window], change: Tensor, factors: bool) -> dict[str, Derivatives]:
-        """Of the loss, by projection; G and A only with `factors`. One layer's graph is in memory at a time."""
+        """Of the loss, by projection; G and A only with `factors`. The graph of one window is in memory at a time."""
         sums = {name: _zeros(part, factors) for name, part in self.parts.items()}
         with self._changed(change):
             for window in windows:
@@ -244,18 +258,21 @@ class _Last:
         return sums
 
     def _add(self, window: Window, sums: dict[str, Derivatives], factors: bool) -> None:
-        with torch.no_grad(), streams(self.student, self.boundaries) as kept:
-            self._states(window)
-        slopes = self._slopes(window, kept[len(self.student)], factors)
-        for index in range(len(self.student) - 1, self.lowest - 1, -1):
-            hidden = kept[index] if index > self.lowest else window.hidden
-            found, slopes = self._back(index, window, hidden, slopes)
-            for name, (x, slope, *own) in found.items():
-                total = sums[name]
-                total.gradient += (slope.T @ x).double()
-                if total.g is not None and total.a is not None:
-                    total.g += _outer(own[0] * window.size)
-                    total.a += _outer(x / window.size)
+        with contextlib.ExitStack() as held:
+            runs, hidden = [], window.hidden
+            for index in range(self.lowest, len(self.student)):
+                held.enter_context(present(self.student.layers[index]))  # for autograd, too
+                runs.append(self._run(index, window, hidden))
+                hidden = runs[-1].output.detach()
+            slopes = self._slopes(window, hidden, factors)
+            while runs:
+                found, slopes = self._back(runs.pop(), window, slopes)
+                for name, (x, slope, *own) in found.items():
+                    total = sums[name]
+                    total.gradient += (slope.T @ x).double()
+                    if total.g is not None and total.a is not None:
+                        total.g += _outer(own[0] * window.size)
+                        total.a += _outer(x / window.size)
 
     def _slopes(self, window: Window, stream: Tensor, factors: bool) -> list[Tensor]:
         """Of the loss and, with `factors`, of the nats of the next tokens, at the stream after the last layer
@@ -275,34 +292,37 @@ class _Last:
             found.append(whole)
         return found
 
-    def _back(
-        self, index: int, window: Window, hidden: Tensor, slopes: list[Tensor]
-    ) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
-        """Through one layer: ({projection: [its input, slopes of each kind at its output], (tokens, channels), fp32},
-        slopes of each kind at the layer's input; those at the lowest layer's are not asked for)."""
-        got: dict[str, Tensor] = {}
-        given: dict[str, Tensor] = {}
+    def _run(self, index: int, window: Window, hidden: Tensor) -> Run:
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
 
         def seen(name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            got[name] = args[0].detach()
-            given[name] = output if output.requires_grad else output.detach().requires_grad_()
-            return given[name]
+            inputs[name] = args[0].detach()
+            outputs[name] = output if output.requires_grad else output.detach().requires_grad_()
+            return outputs[name]
 
-        layer, hidden = self.student.layers[index], hidden.detach().requires_grad_(index > self.lowest)
+        hidden = hidden.detach().requires_grad_(index > self.lowest)
         own = {name: part for name, part in self.parts.items() if name.startswith(f"{index}.")}
-        with present(layer):  # for autograd, too
-            handles = [part.register_forward_hook(functools.partial(seen, name)) for name, part in own.items()]
-            with torch.enable_grad():
-                out = stream_at(self.student, index + 1, *window.inputs, start=index, hidden=hidden)
-            for handle in handles:
-                handle.remove()
-            at = [*given.values(), *([hidden] if hidden.requires_grad else [])]
-            found = [torch.autograd.grad(out, at, slope, retain_graph=len(slopes) > 1) for slope in slopes]
+        handles = [part.register_forward_hook(functools.partial(seen, name)) for name, part in own.items()]
+        with torch.enable_grad():
+            output = stream_at(self.student, index + 1, *window.inputs, start=index, hidden=hidden)
+        for handle in handles:
+            handle.remove()
+        return Run(inputs, outputs, hidden, output)
+
+    def _back(self, run: Run, window: Window, slopes: list[Tensor]) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
+        """Through one layer: ({projection: [its input, slopes of each kind at its output], (tokens, channels), fp32},
+        slopes of each kind at the layer's input; those at the lowest layer's are not asked for)."""
+        at = [*run.outputs.values(), *([run.hidden] if run.hidden.requires_grad else [])]
+        found = [torch.autograd.grad(run.output, at, slope, retain_graph=slope is not slopes[-1]) for slope in slopes]
 
         def rows(value: Tensor) -> Tensor:
             return value.reshape(len(window.counted) + 1, -1)[:-1][window.counted].float()
 
-        told = {name: [rows(got[name]), *(rows(each[place]) for each in found)] for place, name in enumerate(given)}
+        told = {
+            name: [rows(x), *(rows(each[place]) for each in found)]
+            for place, (name, x) in enumerate(run.inputs.items())
+        }
         return told, [each[-1] for each in found]
 
     def step(
