@@ -47,6 +47,7 @@ LAYERS = 12  # at most, where it is not said how many
 MOST_GIB = 8.0  # that these may take then
 TOKENS = 16384  # predicted tokens of all processes that are looked at, in whole windows; twice as many gave no more
 STRENGTHS = tuple(10.0 ** (k / 2) for k in range(3, 11))  # 32 … 100,000
+STRENGTH = 1000.0  # about what a layer needs: where the search begins, times their number
 STEPS = 2  # a third brought little, and each reads the tokens again
 Factors = tuple[Tensor, Tensor]  # of a positive matrix: eigenvalues, eigenvectors
 
@@ -99,7 +100,7 @@ def projections(module: PruningModule, folds: int, layers: int, tokens: int = TO
         lambda change: last.loss(unseen, change),
         lambda change: last.step(last.derivatives(seen, change, not factors), factors),
         STRENGTHS,
-        1000.0,
+        min(STRENGTHS, key=lambda strength: abs(math.log(strength / (STRENGTH * layers)))),
         STEPS,
     )
     return {} if change is None else last.with_change(change)

@@ -14,8 +14,8 @@ that Σ w x xᵀ is summed once for those that are measured one after the other.
     a shortest path through the boundaries 0 … L whose edges are kept layers (free) and gaps, found by dynamic
     programming. Layer 0 stays: a repair needs a layer below each gap.
 2.  Costs are measured as paths come to need them. Until then a gap is taken to cost nine tenths of its layers one by
-    one, and no less than any gap inside it: of those measured most cost more, and three quarters led to the same choice
-    after two to five times as many.
+    one, and no less than any gap inside it: most that were measured cost more. Three quarters led to the same choice on
+    two texts, after three and five times as many.
 3.  Each of these sets is then measured as a whole, gap after gap, each Δ solved on what the layers below give by then.
     This is where what does not add up is seen. The fewest gaps win whose divergence is at most `slack` above the
     least: a few windows tell no more than that, and a repair makes up better for one long gap than for several.
