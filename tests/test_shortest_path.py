@@ -116,6 +116,18 @@ def test_a_divergence_is_that_of_whole_runs(family: str, gaps: list[tuple[int, i
     assert found == pytest.approx(nats / tokens, rel=2e-3, abs=1e-7) and found > 0
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_what_gaps_have_in_common_changes_no_divergence(family: str) -> None:
+    """Nor does the order in which they are measured, nor what is kept of streams."""
+    sets = [[(2, 3)], [(2, 4)], [(1, 3)], [(2, 5)], [(2, 3), (4, 6)]]
+    found = []
+    for cache, order in (("ram", sets), ("ram", sets[::-1]), ("disk", sets), ("none", sets)):
+        module = measured(tiny_model(family, layers=LAYERS, seed=5), ShortestPath(windows=1, bridge=3), cache=cache)
+        model = BridgedModel(module, 1, 3)
+        found.append({tuple(gaps): model.divergence(gaps) for gaps in order})
+    assert all(other == found[0] for other in found[1:]) and len(set(found[0].values())) == len(sets)
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, "opt"])
 def test_a_divergence_without_anything_in_the_gaps_is_that_of_a_model_without_the_layers(family: str):
     dense = tiny_model(family, layers=LAYERS, seed=2)

@@ -72,9 +72,6 @@ class Below:
     both: list[tuple[Tensor, Tensor]]
     a: Tensor
 
-    def at(self, place: int) -> tuple[Tensor, Tensor]:
-        return self.both[place]
-
 
 def _every(values: Tensor) -> Tensor:
     """Those at the positions (windows, seq, …) that are looked at."""
@@ -144,12 +141,13 @@ class BridgedModel:
 
     def _divergence(self, gaps: tuple[Gap, ...]) -> float:
         module, looks, reach = self.module, self.looks, int(self.repaired)  # layers below a gap that stand in
-        # before the layer below the gap, or before the gap; those of the dense model before a first one that is bridged
-        streams = [] if self.repaired else [self._dense(look, gaps[0][0]) for look in looks]
+        # before the gap, or, if it is bridged, before the layer below it; None: the dense model's
+        streams = None if self.repaired else [self._dense(look, gaps[0][0]) for look in looks]
         spared = [massive.any(0) for massive in self.massive]
         for number, (first, end) in enumerate(gaps):
             last = number + 1 == len(gaps)
-            streams = self._across(streams, first, end, last) if self.repaired else streams
+            if streams is None or self.repaired:
+                streams = self._across(streams, first, end, last)
             if last:
                 looks = self.measured
             for place, look in enumerate(looks):
@@ -159,6 +157,7 @@ class BridgedModel:
                 if not last:
                     inputs, below_next = self._inputs(look), gaps[number + 1][0] - reach
                     streams[place] = stream_at(module.student, below_next, *inputs, start=end, hidden=streams[place])
+        assert streams is not None, "there is a gap"
         sums = torch.zeros(2, dtype=torch.float64, device=module.device)
         for place, look in enumerate(looks):
             found = self._nats(place, self._final(look, gaps[-1][1], streams[place]))
@@ -174,17 +173,18 @@ class BridgedModel:
             return self.told[place](final.flatten(0, 1)).view(mask.shape).where(mask, 0.0)
         return losses_and_divergences(student, final, student, _every(self.final[place]), ids, mask)[1]
 
-    def _across(self, streams: Sequence[Tensor], first: int, end: int, last: bool) -> list[Tensor]:
-        """The streams after a gap, from those before the layer below it (none: the dense model's), of all windows or,
+    def _across(self, streams: Sequence[Tensor] | None, first: int, end: int, last: bool) -> list[Tensor]:
+        """The streams after a gap, from those before the layer below it (None: the dense model's), of all windows or,
         for the last gap, of those that are measured."""
         module, geometry = self.module, self.module.student.geometry
-        below = None if streams else self._dense_below(first)
+        below = self._dense_below(first) if streams is None else None
         equations = NormalEquations(
             geometry.ffn, geometry.hidden, 2, False, module.device, None if below is None else below.a
         )
         found = []
         for place, look in enumerate(self.looks):
-            out, x = self._layer(look, first, streams[place] if streams else None) if below is None else below.at(place)
+            hidden = None if streams is None else streams[place]
+            out, x = self._layer(look, first, hidden) if below is None else below.both[place]
             if look in self.solved:
                 self._add(equations, look, first, x, self._dense(look, end).float() - out.float())
             # an x is wide, and wanted no more once it is added up
