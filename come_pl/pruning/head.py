@@ -24,8 +24,6 @@ from come_pl.taps import ROWS, logit_rows
 if TYPE_CHECKING:
     from come_pl.pruning.module import PruningModule
 
-VOCABULARY = 16384  # words whose part of a head in half precision is in fp32 at once
-
 
 @dataclass
 class Targets:
@@ -99,17 +97,17 @@ class Divergence:
 
         Σ_v p_v (log p_v − log q_v) = lse(W h) − y · h − (the same of the dense state),     y = Σ_v p_v W_v
 
-    so that the dense model's logits are computed once, and not kept.
+    so that the dense model's logits are computed once, and not kept. In half precision roundings would not cancel out.
 
     Args:
-        decoder: whose head is that of both (`predictable`).
+        decoder: whose head, in fp32, is that of both (`predictable`).
         dense: final states (tokens, hidden).
     """
 
     def __init__(self, decoder: Decoder, dense: Tensor):
         weight = decoder.model.get_output_embeddings().weight
         self.decoder, self.size = decoder, _rows(decoder)
-        self.y = torch.cat([expected(weight, decoder.logits(h).float(), True) for h in dense.split(self.size)])
+        self.y = torch.cat([expected(weight, decoder.logits(h)) for h in dense.split(self.size)])
         self.least = self._nats(dense)
 
     def __call__(self, states: Tensor) -> Tensor:
@@ -121,7 +119,7 @@ class Divergence:
         for h, y in zip(states.split(self.size), self.y.split(self.size), strict=True):
             # in fp64: what is left of a small divergence is a difference of numbers that are not small
             told = (y.double() * h.double()).sum(-1)
-            found.append(self.decoder.logits(h).float().logsumexp(-1).double() - told)
+            found.append(self.decoder.logits(h).logsumexp(-1).double() - told)
         return torch.cat(found)
 
 
@@ -130,17 +128,9 @@ def _rows(decoder: Decoder) -> int:
     return max(ROWS, logit_rows(decoder, 2))
 
 
-def expected(weight: Tensor, logits: Tensor, precise: bool = False) -> Tensor:
-    """The head's `weight` (vocab, hidden) in the mean over the tokens that logits (tokens, vocab) tell; fp32.
-
-    Args:
-        precise: sum in fp32 whatever the weight's dtype, which is slow.
-    """
-    told = logits.softmax(-1)
-    if not precise or weight.dtype == torch.float32:
-        return (told.to(weight.dtype) @ weight).float()
-    parts = zip(told.split(VOCABULARY, 1), weight.split(VOCABULARY), strict=True)
-    return torch.stack([p @ w.float() for p, w in parts]).sum(0)
+def expected(weight: Tensor, logits: Tensor) -> Tensor:
+    """The head's `weight` (vocab, hidden) in the mean over the tokens that logits (tokens, vocab) tell; fp32."""
+    return (logits.softmax(-1).to(weight.dtype) @ weight).float()
 
 
 def logits_of(

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from come_pl.decoder import Geometry
-from come_pl.offload import present
+from come_pl.offload import present, stored
 from come_pl.pruning import final_norm, head
 from come_pl.pruning.head import Targets
 from come_pl.pruning.regression import folds_of
@@ -192,6 +192,7 @@ class _Last:
     def __init__(self, module: PruningModule, layers: int):
         self.module, self.student = module, module.student
         self.lowest = len(self.student) - layers
+        self.in_memory = not stored(self.student.model)
         family = self.student.family
         self.parts: dict[str, nn.Linear] = {
             f"{index}.{path}": self.student.part(self.student.layers[index], path)
@@ -246,7 +247,8 @@ class _Last:
         return head.mean(nats, tokens)
 
     def derivatives(self, windows: list[Window], change: Tensor, factors: bool) -> dict[str, Derivatives]:
-        """Of the loss, by projection; G and A only with `factors`. The graph of one window is in memory at a time."""
+        """Of the loss, by projection; G and A only with `factors`. The graph of one window is in memory at a time, or,
+        where matrices are elsewhere, of one layer."""
         sums = {name: _zeros(part, factors) for name, part in self.parts.items()}
         with self._changed(change):
             for window in windows:
@@ -259,21 +261,27 @@ class _Last:
         return sums
 
     def _add(self, window: Window, sums: dict[str, Derivatives], factors: bool) -> None:
-        with contextlib.ExitStack() as held:
-            runs, hidden = [], window.hidden
-            for index in range(self.lowest, len(self.student)):
-                held.enter_context(present(self.student.layers[index]))  # for autograd, too
-                runs.append(self._run(index, window, hidden))
-                hidden = runs[-1].output.detach()
-            slopes = self._slopes(window, hidden, factors)
-            while runs:
-                found, slopes = self._back(runs.pop(), window, slopes)
-                for name, (x, slope, *own) in found.items():
-                    total = sums[name]
-                    total.gradient += (slope.T @ x).double()
-                    if total.g is not None and total.a is not None:
-                        total.g += _outer(own[0] * window.size)
-                        total.a += _outer(x / window.size)
+        runs: dict[int, Run] = {}
+        hidden, layers = [window.hidden], range(self.lowest, len(self.student))
+        for index in layers:
+            if self.in_memory:
+                runs[index] = self._run(index, window, hidden[-1])
+                hidden.append(runs[index].output.detach())
+            else:  # a graph keeps the weights of its layer
+                with torch.no_grad():
+                    hidden.append(stream_at(self.student, index + 1, *window.inputs, start=index, hidden=hidden[-1]))
+        slopes = self._slopes(window, hidden.pop(), factors)
+        for index in reversed(layers):
+            before = hidden.pop()
+            with present(self.student.layers[index]):  # for autograd, too
+                run = runs.pop(index) if self.in_memory else self._run(index, window, before)
+                found, slopes = self._back(run, window, slopes)
+            for name, (x, slope, *own) in found.items():
+                total = sums[name]
+                total.gradient += (slope.T @ x).double()
+                if total.g is not None and total.a is not None:
+                    total.g += _outer(own[0] * window.size)
+                    total.a += _outer(x / window.size)
 
     def _slopes(self, window: Window, stream: Tensor, factors: bool) -> list[Tensor]:
         """Of the loss and, with `factors`, of the nats of the next tokens, at the stream after the last layer

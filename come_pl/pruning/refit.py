@@ -233,7 +233,7 @@ class Refit:
         gaps: Sequence[Gap] = (),
     ) -> None:
         family, end = module.student.family, record.groups[index][-1] + 1
-        module.inputs.begin(index)
+        module.begin_repair(index)
         source = record.sources[index] if self.parts == "all" else None
         before, left, repaired = 0.0, 0.0, False  # the layer's error
         for path, reads in (
@@ -398,8 +398,7 @@ class Refit:
             with module.inputs.used(student, None if layer else first, number):
                 out, x = layer_run(student, place, path, batch["input_ids"], batch["attention"], hidden, layer)
             weight = token_weights(target, batch["mask"], self.weighting)
-            residual = target - out.float()
-            equations.add_windows(batch, x, residual, weight)
+            equations.add_windows(batch, x, target - out.float(), weight)
         return equations.summed(module.sum)
 
 

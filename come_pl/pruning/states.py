@@ -111,6 +111,11 @@ class CalibrationStates(CalibrationBatches):
             for boundary in range(lowest + 1):
                 own[boundary] = kept[boundary]
 
+    def begin_repair(self, layer: int) -> None:
+        """The weights of a student layer are going to be others; streams below it stay what they are."""
+        self.inputs.begin(layer)
+        self._shared = min(self._shared, layer)
+
     def streams_changed_from(self, lowest: int) -> None:
         """The student is another from layer `lowest` on; −1: its embeddings are others, too."""
         self.inputs.begin(None)

@@ -103,8 +103,10 @@ class BridgedModel:
         # each window once, whatever it is for
         self.looks = self.measured + [look for look in self.solved if look not in self.measured]
         self.final = [self._final(look, self.depth, self._dense(look, self.depth)) for look in self.measured]
-        self.told: list[head.Divergence] = []  # of each window that is measured; none of a head that caps its logits
-        if head.predictable(module):
+        self.told: list[
+            head.Divergence
+        ] = []  # of each window that is measured; none of a head that it cannot be had of
+        if head.predictable(module) and module.student.model.dtype == torch.float32:
             self.told = [head.Divergence(module.student, _every(final).flatten(0, 1)) for final in self.final]
         self.massive = [self._massive(look) for look in self.looks]
         self._known: dict[tuple[Gap, ...], float] = {}
