@@ -76,3 +76,8 @@ class CalibrationBatches(LightningModule):
     def world(self) -> int:
         """Number of processes."""
         return self.trainer.world_size if self._trainer is not None else 1
+
+
+def inputs_of(batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """What the model gets of a batch: token ids and attention mask."""
+    return batch["input_ids"], batch["attention"]

@@ -78,7 +78,7 @@ def concatenated(
         if number in held:
             return held[number]
         x = module.reads(number, index, path)
-        if module.cache == "ram":  # as much again as one boundary of the stream
+        if module.in_memory:  # as much again as one boundary of the stream
             held[number] = x
         return x
 

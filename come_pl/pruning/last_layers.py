@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from come_pl.decoder import Geometry
 from come_pl.offload import present, stored
 from come_pl.pruning import final_norm, head
+from come_pl.pruning.batches import inputs_of
 from come_pl.pruning.head import Targets
 from come_pl.pruning.regression import folds_of
 from come_pl.surgery import FINAL_NORM, put_back, set_weights
@@ -151,7 +152,7 @@ def _windows(module: PruningModule, folds: int, tokens: float, lowest: int) -> t
             y = head.targets(module, dense[row, :-1][counted], following)
             own = hidden[row : row + 1].clone()
             size = own[0, :-1][counted].float().square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt()
-            inputs = part["input_ids"], part["attention"]
+            inputs = inputs_of(part)
             kind = unseen if folds_of(batch, folds)[row] == 0 else seen
             kind.append(Window(inputs, own, counted, Targets(y, following), size))
     return seen, unseen
@@ -313,10 +314,12 @@ class _Last:
         hidden = hidden.detach().requires_grad_(index > self.lowest)
         own = {name: part for name, part in self.parts.items() if name.startswith(f"{index}.")}
         handles = [part.register_forward_hook(functools.partial(seen, name)) for name, part in own.items()]
-        with torch.enable_grad():
-            output = stream_at(self.student, index + 1, *window.inputs, start=index, hidden=hidden)
-        for handle in handles:
-            handle.remove()
+        try:
+            with torch.enable_grad():
+                output = stream_at(self.student, index + 1, *window.inputs, start=index, hidden=hidden)
+        finally:
+            for handle in handles:
+                handle.remove()
         return Run(inputs, outputs, hidden, output)
 
     def _back(self, run: Run, window: Window, slopes: list[Tensor]) -> tuple[dict[str, list[Tensor]], list[Tensor]]:

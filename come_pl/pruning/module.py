@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from come_pl import record as records
 from come_pl.decoder import Decoder, attention_mask
 from come_pl.offload import Offload, Store, aside, matrices, take_back
+from come_pl.pruning.batches import inputs_of
 from come_pl.pruning.race import Look, Race
 from come_pl.pruning.sites import SiteRace
-from come_pl.pruning.states import CalibrationStates, inputs_of
+from come_pl.pruning.states import CalibrationStates
 from come_pl.pruning.streams import Cache, FileBlock
 from come_pl.record import Record, Step
 from come_pl.surgery import share

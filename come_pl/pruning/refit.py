@@ -46,6 +46,7 @@ from tqdm.auto import tqdm
 
 from come_pl.decoder import Family
 from come_pl.pruning import channels, last_layers
+from come_pl.pruning.batches import inputs_of
 from come_pl.pruning.regression import Fit, NormalEquations
 from come_pl.record import Record, Step
 from come_pl.surgery import put_back, set_weights
@@ -354,9 +355,8 @@ class Refit:
         student, teacher = module.student, module.teacher
         equations = NormalEquations(student.geometry.hidden, student.geometry.hidden, self.folds, False, module.device)
         for number, batch in enumerate(module.batches):
-            inputs = batch["input_ids"], batch["attention"]
             x = module.reads(number, index, path) if reads is None else reads(number)
-            wanted = projection_input(teacher, source, path, *inputs, module.teacher_stream(number, source))
+            wanted = projection_input(teacher, source, path, *inputs_of(batch), module.teacher_stream(number, source))
             equations.add_windows(batch, x, wanted.float() - x.float(), batch["mask"].float())
         return equations.summed(module.sum)
 
@@ -396,7 +396,7 @@ class Refit:
             for (share, boundary), scale in zip(wanted, scales, strict=True):
                 target.add_(module.teacher_stream(number, boundary).float(), alpha=share * scale)
             with module.inputs.used(student, None if layer else first, number):
-                out, x = layer_run(student, place, path, batch["input_ids"], batch["attention"], hidden, layer)
+                out, x = layer_run(student, place, path, *inputs_of(batch), hidden, layer)
             weight = token_weights(target, batch["mask"], self.weighting)
             equations.add_windows(batch, x, target - out.float(), weight)
         return equations.summed(module.sum)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from come_pl.decoder import Decoder
-from come_pl.pruning.batches import CalibrationBatches
+from come_pl.pruning.batches import CalibrationBatches, inputs_of
 from come_pl.pruning.inputs import KnownInputs
 from come_pl.pruning.streams import Block, Cache, Streams
 from come_pl.record import Record, lowest_changed
@@ -43,8 +43,12 @@ class CalibrationStates(CalibrationBatches):
         self._teacher_states: dict[int, Block] = {}  # the same of the teacher, once something asks for them
         # to this boundary the student's streams are the dense model's
         self._shared = min((lowest_changed(step) for step in self.record.steps), default=len(self.teacher))
-        in_memory = self.cache == "ram" and self.cache_gib == math.inf
-        self.inputs = KnownInputs(enabled=in_memory and not self.compile_layers)  # compiled layers run as they are
+        self.inputs = KnownInputs(enabled=self.in_memory and not self.compile_layers)  # compiled layers run as they are
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether what is computed of the windows may be kept in memory, without a budget."""
+        return self.cache == "ram" and self.cache_gib == math.inf
 
     @property
     def start(self) -> int:
@@ -154,8 +158,3 @@ class CalibrationStates(CalibrationBatches):
                     store[layer + 1] = stream_at(self.student, layer + 1, *inputs, start=layer, hidden=hidden)
             self._valid[index] = layer + 1
         self.inputs.begin(None)
-
-
-def inputs_of(batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """What the model gets."""
-    return batch["input_ids"], batch["attention"]

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from come_pl.offload import present
+from come_pl.pruning.batches import inputs_of
 from come_pl.pruning.methods.base import Decision, Method, NoSite
 from come_pl.pruning.methods.common import check
 from come_pl.pruning.methods.shortgpt import angular_distances
@@ -44,7 +45,7 @@ def pairs(module: PruningModule, index: int, before: int, count: int) -> tuple[T
     student, batch = module.student, module.batches[index]
     path, mask = student.family.mlp_output, batch["mask"]
     hidden = module.stream(index, before)
-    output, x = layer_run(student, before, path, batch["input_ids"], batch["attention"], hidden)
+    output, x = layer_run(student, before, path, *inputs_of(batch), hidden)
     m = student.part(student.layers[before], path)(x)[mask].float()
     return m, module.stream(index, before + count + 1)[mask].float() - output[mask].float() + m
 

@@ -40,6 +40,7 @@ from tqdm.auto import tqdm
 
 from come_pl.decoder import Family
 from come_pl.pruning import head
+from come_pl.pruning.batches import inputs_of
 from come_pl.pruning.methods.base import Decision, NoSite
 from come_pl.pruning.methods.common import check
 from come_pl.pruning.methods.drops import Planned, rounded
@@ -103,9 +104,7 @@ class BridgedModel:
         # each window once, whatever it is for
         self.looks = self.measured + [look for look in self.solved if look not in self.measured]
         self.final = [self._final(look, self.depth, self._dense(look, self.depth)) for look in self.measured]
-        self.told: list[
-            head.Divergence
-        ] = []  # of each window that is measured; none of a head that it cannot be had of
+        self.told: list[head.Divergence] = []  # of each window that is measured, where it can be had of the head
         if head.predictable(module) and module.student.model.dtype == torch.float32:
             self.told = [head.Divergence(module.student, _every(final).flatten(0, 1)) for final in self.final]
         self.massive = [self._massive(look) for look in self.looks]
@@ -116,8 +115,7 @@ class BridgedModel:
         return self.module.stream(look[0], boundary)[look[1]]
 
     def _inputs(self, look: Look) -> tuple[Tensor, Tensor | None]:
-        batch = self.module.part(look)
-        return batch["input_ids"], batch["attention"]
+        return inputs_of(self.module.part(look))
 
     def _final(self, look: Look, start: int, hidden: Tensor) -> Tensor:
         return self.module.student.run(*self._inputs(look), start=start, hidden=hidden)
@@ -213,7 +211,7 @@ class BridgedModel:
 
     def _dense_below(self, first: int) -> Below | None:
         """What all gaps that begin there have in common; None where there is no memory for it."""
-        if self.module.cache != "ram":
+        if not self.module.in_memory:
             return None
         if self._below is None or self._below.first != first:
             self._below, geometry = None, self.module.student.geometry
