@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,6 @@ from come_pl.record import Record, Step, replay
 from come_pl.runs import read_run
 from come_pl.surgery import set_weights
 from come_pl.taps import streams
-
-ALL = 10**6
 
 
 def names_of(module: PruningModule, layers: int) -> list[str]:
@@ -97,7 +96,9 @@ def test_loss_and_derivatives_are_those_of_whole_models(family: str, layers: int
     module, _, _ = ready(family, Step("drop", [2], scale=scale))
     module.student_model.requires_grad_(False)
     last, draw = last_layers._Last(module, layers), torch.Generator().manual_seed(0)
-    parts = dict(zip((False, True), last_layers._windows(module, 4, ALL, last.lowest), strict=True))
+    parts = dict(
+        zip((False, True), last_layers._windows(module, 4, module.first_batches(None), last.lowest), strict=True)
+    )
     assert sum(map(len, parts.values())) == 8 and all(parts.values()), "both kinds are there"
     change = 0.1 * torch.randn(sum(last.sizes), generator=draw)
     losses = {which: last.loss(part, change) for which, part in parts.items()}
@@ -200,7 +201,7 @@ def test_it_helps_on_windows_that_it_was_not_fitted_to(family: str, layers: int)
             return float(whole_loss(module, True))
 
     wrong = unseen()
-    new = last_layers.projections(module, 4, layers, ALL)
+    new = last_layers.projections(module, 4, layers)
     assert set(new) == set(kept) and all(new[name].dtype == weight.dtype for name, weight in kept.items())
     set_weights(module.student, new)
     right = unseen()
@@ -224,25 +225,45 @@ def test_neither_batches_nor_what_is_kept_of_streams_matter() -> None:
         ]
         module._states, module._valid, module.cache = [None] * (64 // size), [0] * (64 // size), cache
         module._teacher_states.clear()
-        found.append(last_layers.projections(module, 4, layers, 64 * 30 // 2))
+        found.append(last_layers.projections(module, 4, layers))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-6)
 
 
-def test_about_so_many_tokens_are_looked_at() -> None:
+def test_a_sample_of_the_windows_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     module, _ = made_wrong("llama", 1)
-    for tokens, least, most in ((ALL, 64, 64), (64 * 30 // 4, 8, 26)):
-        seen, unseen = last_layers._windows(module, 4, tokens, 2)
-        assert least <= len(seen) + len(unseen) <= most and seen and unseen
-    assert not all(last_layers._windows(module, 4, 1, 2)), "so few that one kind is left out"
-    assert last_layers.projections(module, 4, 1, 1), "then all are taken"
+    [batch] = module.batches
+    module.batches = [
+        {name: None if value is None else value[row : row + 1] for name, value in batch.items()} for row in range(64)
+    ]
+    module._states, module._valid = [None] * 64, [0] * 64
+    module._teacher_states.clear()
+    looked: list[int] = []
+    windows = last_layers._windows
+
+    def watched(module: PruningModule, folds: int, numbers: Sequence[int], lowest: int) -> Any:
+        looked.append(len(numbers))
+        return windows(module, folds, numbers, lowest)
+
+    monkeypatch.setattr(last_layers, "_windows", watched)
+    for tokens, least, expected in (
+        (10**6, 8, [64]),
+        (20 * batch["mask"].shape[1], 8, [20]),
+        (1, 8, [8]),
+        (1, 1, [1, 64]),
+    ):
+        monkeypatch.setattr("come_pl.pruning.batches.SAMPLE", tokens)
+        monkeypatch.setattr("come_pl.pruning.batches.WINDOWS", least)
+        looked.clear()
+        assert last_layers.projections(module, 4, 1), "where one kind is left out of few, all are taken"
+        assert looked == expected
 
 
 def test_what_cannot_be_solved_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     lost, _, _ = ready("llama", Step("drop", [2]))
     with monkeypatch.context() as patch:
         patch.setattr(last_layers._Last, "step", lambda *_: lambda strength: torch.full((10,), math.nan))
-        assert last_layers.projections(lost, 4, 2, ALL) == {}
+        assert last_layers.projections(lost, 4, 2) == {}
     capped, _, _ = ready("llama", Step("drop", [2]))
     capped.student.config.final_logit_softcapping = 30.0
     assert last_layers.projections(capped, 4, 2) == {}
@@ -299,7 +320,7 @@ def test_matrices_on_disk_are_there_for_autograd(tmp_path: Path) -> None:
         module.training_step({"input_ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}, 0)
         assert bool(stored(module.student.layers[0])) == (offload == "disk")
         last = last_layers._Last(module, 2)
-        seen, unseen = last_layers._windows(module, 4, ALL, last.lowest)
+        seen, unseen = last_layers._windows(module, 4, module.first_batches(None), last.lowest)
         change = torch.full((sum(last.sizes),), 0.01)
         derivatives = last.derivatives(seen, change, True)
         found.append(([vars(each) for each in derivatives.values()], last.loss(unseen, change)))

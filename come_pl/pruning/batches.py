@@ -12,6 +12,9 @@ from torch import Tensor
 from come_pl.pruning.race import Look
 from come_pl.taps import targets_of
 
+SAMPLE = 16384  # tokens that are enough where little is solved for
+WINDOWS = 8  # but so many windows at least: of few, none may be left to choose a strength on
+
 
 class CalibrationBatches(LightningModule):
     """Batches are kept from the first pass on.
@@ -35,6 +38,12 @@ class CalibrationBatches(LightningModule):
             found.append(index)
             taken += len(batch["input_ids"])
         return found
+
+    @property
+    def sample(self) -> list[int]:
+        """Indices of the first batches, for what more text hardly improves."""
+        windows = max(WINDOWS, SAMPLE // self.batches[0]["input_ids"].shape[1])
+        return self.first_batches(windows)
 
     def monitored(self, windows: int) -> dict[int, slice]:
         """This process's share, rounded up, of the first so many windows of all: batch → which of it."""

@@ -25,7 +25,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,7 +37,7 @@ from come_pl.offload import present, stored
 from come_pl.pruning import final_norm, head
 from come_pl.pruning.batches import inputs_of
 from come_pl.pruning.head import Targets
-from come_pl.pruning.regression import folds_of
+from come_pl.pruning.regression import add_outer, folds_of, mirror
 from come_pl.surgery import FINAL_NORM, put_back, set_weights
 from come_pl.taps import stream_at, targets_of
 
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 
 LAYERS = 12  # at most, where it is not said how many
 MOST_GIB = 8.0  # that these may take then
-TOKENS = 16384  # predicted tokens of all processes that are looked at, in whole windows; twice as many gave no more
 STRENGTHS = tuple(10.0 ** (k / 2) for k in range(3, 11))  # 32 … 100,000
 STRENGTH = 1000.0  # about what a layer needs: where the search begins, times their number
 STEPS = 2  # a third brought little, and each reads the tokens again
@@ -77,22 +76,21 @@ def repaired_head(module: PruningModule, folds: int, layers: int | Literal["auto
     return new | own
 
 
-def projections(module: PruningModule, folds: int, layers: int, tokens: int = TOKENS) -> dict[str, Tensor]:
+def projections(module: PruningModule, folds: int, layers: int) -> dict[str, Tensor]:
     """The new weights, in their dtype, by the names of `surgery.set_weights`; none where none are better on unseen
     windows.
 
     Args:
         folds: calibration windows are dealt into so many parts; the first is not fitted to.
         layers: how many, where there are as many. Of each, several times its output projections are in memory.
-        tokens: about so many predicted tokens are looked at.
     """
     student = module.student
     if not head.predictable(module) or not student.family.linear_outputs:
         return {}
     last = _Last(module, min(layers, len(student)))
-    seen, unseen = _windows(module, folds, tokens, last.lowest)
+    seen, unseen = _windows(module, folds, module.sample, last.lowest)  # twice as many gave no more
     if not _everywhere(module, seen, unseen):  # of few windows chance may have left out all of one kind
-        seen, unseen = _windows(module, folds, math.inf, last.lowest)
+        seen, unseen = _windows(module, folds, module.first_batches(None), last.lowest)
     if not _everywhere(module, seen, unseen):
         return {}
     factors: dict[str, tuple[Factors, Factors]] = {}  # they hardly change from one step to the next
@@ -132,15 +130,15 @@ def _everywhere(module: PruningModule, *parts: list[Window]) -> bool:
 
 
 @torch.no_grad()  # no inference mode: autograd goes through
-def _windows(module: PruningModule, folds: int, tokens: float, lowest: int) -> tuple[list[Window], list[Window]]:
-    """(what is fitted to, what is not) of this process. Which windows goes by their content, not by the process or the
-    batch that they are in."""
-    stride = max(1, round(module.targets() / tokens))
+def _windows(
+    module: PruningModule, folds: int, numbers: Sequence[int], lowest: int
+) -> tuple[list[Window], list[Window]]:
+    """(what is fitted to, what is not) of some batches of this process."""
     seen: list[Window] = []
     unseen: list[Window] = []
-    for number, batch in enumerate(module.batches):
-        picked = (batch["input_ids"].sum(1) // folds % stride == 0) & targets_of(batch["mask"]).any(1)
-        rows = picked.nonzero().squeeze(1).tolist()
+    for number in numbers:
+        batch = module.batches[number]
+        rows = targets_of(batch["mask"]).any(1).nonzero().squeeze(1).tolist()
         if not rows:
             continue
         hidden = module.stream(number, lowest)
@@ -256,6 +254,9 @@ class _Last:
                 self._add(window, sums, factors)
         tokens = float(self.module.sum(torch.tensor(float(sum(len(window.at) for window in windows)))))
         for total in sums.values():
+            for square in (total.g, total.a):
+                if square is not None:
+                    mirror(square)
             for field, value in vars(total).items():
                 if value is not None:
                     setattr(total, field, self.module.sum(value).to(value.device) / tokens)
@@ -281,8 +282,8 @@ class _Last:
                 total = sums[name]
                 total.gradient += (slope.T @ x).double()
                 if total.g is not None and total.a is not None:
-                    total.g += _outer(own[0] * window.size)
-                    total.a += _outer(x / window.size)
+                    add_outer(total.g, own[0] * window.size)
+                    add_outer(total.a, x / window.size)
 
     def _slopes(self, window: Window, stream: Tensor, factors: bool) -> list[Tensor]:
         """Of the loss and, with `factors`, of the nats of the next tokens, at the stream after the last layer
@@ -364,10 +365,6 @@ class _Last:
             return torch.cat(changes)
 
         return solved
-
-
-def _outer(rows: Tensor) -> Tensor:
-    return (rows.T @ rows).double()
 
 
 def _zeros(part: nn.Linear, factors: bool) -> Derivatives:

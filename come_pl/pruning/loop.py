@@ -77,7 +77,11 @@ class ProgressivePruning(Callback):
         record.append(step)
         self.refit.after(pl_module, step, record, last=record.layers <= self.target_layers)
         self.announce(pl_module)
-        step.loss, step.kl = pl_module.monitor(ahead=record.layers > self.target_layers)
+        wanted = trainer.max_steps
+        done = record.layers <= self.target_layers or (wanted is not None and 0 <= wanted <= self.steps_done + 1)
+        # on the way to a repair at the end the student is what nobody gets: measured only where a pass follows anyhow
+        if done or pl_module.needs or not self.refit.ends:
+            step.loss, step.kl = pl_module.monitor(ahead=record.layers > self.target_layers)
         step.seconds, step.peak_gib = self.meter.seconds, self.meter.peak_gib
         self.steps_done += 1
         if trainer.is_global_zero:
@@ -85,11 +89,9 @@ class ProgressivePruning(Callback):
             if self.after_step is not None:
                 self.after_step(pl_module)
         shown = {"layers": float(record.layers), "loss": step.loss, "kl": step.kl}
-        pl_module.log_dict(shown, prog_bar=True, logger=False)
+        pl_module.log_dict({k: v for k, v in shown.items() if v is not None}, prog_bar=True, logger=False)
         log_step(trainer, step)
-        wanted = trainer.max_steps
-        if record.layers <= self.target_layers or (wanted is not None and 0 <= wanted <= self.steps_done):
-            trainer.should_stop = True
+        trainer.should_stop |= done
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PruningModule)

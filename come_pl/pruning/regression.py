@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from come_pl.offload import present
 
 GRID = tuple(10 ** (k / 2) for k in range(-7, 5))  # 0.0003 … 100
+BLOCK = 256  # rows of a sum of outer products that are computed at once, from the diagonal to the right
 
 
 @dataclass
@@ -79,7 +80,8 @@ class NormalEquations:
             raise ValueError(f"folds {folds}: cross-validation needs at least 2")
         width = features + bias
         self.bias, self.known = bias, a is not None
-        self.a = torch.zeros(folds, width, width, dtype=torch.float64, device=device) if a is None else a
+        self._a = torch.zeros(folds, width, width, dtype=torch.float64, device=device) if a is None else a
+        self._half = False  # whether what is below the diagonal has not been filled in
         self.b = torch.zeros(folds, outputs, width, dtype=torch.float64, device=device)
         self.c = torch.zeros(folds, dtype=torch.float64, device=device)
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)
@@ -93,7 +95,8 @@ class NormalEquations:
         if self.bias:
             x = torch.cat([x, root], dim=1)
         if not self.known:
-            self.a[fold] += x.T @ x
+            add_outer(self._a[fold], x)
+            self._half = True
         self.b[fold] += r.T @ x
         self.c[fold] += r.square().sum(dtype=torch.float64)
         self.tokens += (root > 0).sum()
@@ -102,6 +105,14 @@ class NormalEquations:
         """The windows of a batch: x, r (batch, seq, width), weight (batch, seq)."""
         for window, fold in enumerate(folds_of(batch, len(self.c))):
             self.add(x[window], r[window], weight[window], fold)
+
+    @property
+    def a(self) -> Tensor:
+        """Σ w x xᵀ (folds, width, width)."""
+        if self._half:
+            mirror(self._a)
+            self._half = False
+        return self._a
 
     def summed(self, total: Callable[[Tensor], Tensor]) -> NormalEquations:
         """With the sums of all processes; `total` adds up one tensor."""
@@ -173,6 +184,18 @@ class NormalEquations:
         change, split = rounded_change(change), change.shape[1] - self.bias
         bias = change[:, split].float() if self.bias else None
         return Fit(change[:, :split].float(), bias, grid[here], float(f"{error(here) / nothing:.6g}"))
+
+
+def add_outer(total: Tensor, rows: Tensor) -> None:
+    """Adds Σ x xᵀ of rows x (tokens, width), summed in their dtype, to the upper half of `total` (width, width): what
+    is below the diagonal is the same, and `mirror` fills it in at the end."""
+    for begin in range(0, rows.shape[1], BLOCK):
+        total[begin : begin + BLOCK, begin:] += rows[:, begin : begin + BLOCK].T @ rows[:, begin:]
+
+
+def mirror(totals: Tensor) -> None:
+    """Makes symmetric matrices (…, width, width) of their upper halves, in place."""
+    totals.copy_(totals.triu() + totals.triu(1).mT)
 
 
 def walked(error: Callable[[int], float], begin: int, count: int, stride: int = 1) -> int:
