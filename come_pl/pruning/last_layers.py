@@ -48,6 +48,8 @@ LAYERS = 12  # at most, where it is not said how many
 MOST_GIB = 8.0  # that these may take then
 STRENGTHS = tuple(10.0 ** (k / 2) for k in range(3, 11))  # 32 … 100,000
 STRENGTH = 1000.0  # about what a layer needs: where the search begins, times their number
+TOKENS = 16384  # that are looked at, in whole windows; twice as many gave no more
+CURVED = 3  # one window in so many tells the curvature: as good as all
 STEPS = 2  # a third brought little, and each reads the tokens again
 Factors = tuple[Tensor, Tensor]  # of a positive matrix: eigenvalues, eigenvectors
 
@@ -88,7 +90,7 @@ def projections(module: PruningModule, folds: int, layers: int) -> dict[str, Ten
     if not head.predictable(module) or not student.family.linear_outputs:
         return {}
     last = _Last(module, min(layers, len(student)))
-    seen, unseen = _windows(module, folds, module.sample, last.lowest)  # twice as many gave no more
+    seen, unseen = _windows(module, folds, module.first_tokens(TOKENS), last.lowest)
     if not _everywhere(module, seen, unseen):  # of few windows chance may have left out all of one kind
         seen, unseen = _windows(module, folds, module.first_batches(None), last.lowest)
     if not _everywhere(module, seen, unseen):
@@ -115,6 +117,7 @@ class Window:
         counted: (seq − 1,), True where a token is predicted.
         at: y and the next token of these tokens.
         size: the root mean square of the stream at these (tokens, 1).
+        curved: whether it is one of those that curvature is taken from. That goes by its content, as its fold does.
     """
 
     inputs: tuple[Tensor, Tensor | None]
@@ -122,6 +125,7 @@ class Window:
     counted: Tensor
     at: Targets
     size: Tensor
+    curved: bool
 
 
 def _everywhere(module: PruningModule, *parts: list[Window]) -> bool:
@@ -152,7 +156,8 @@ def _windows(
             size = own[0, :-1][counted].float().square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt()
             inputs = inputs_of(part)
             kind = unseen if folds_of(batch, folds)[row] == 0 else seen
-            kind.append(Window(inputs, own, counted, Targets(y, following), size))
+            curved = int(part["input_ids"].sum()) // folds % CURVED == 0
+            kind.append(Window(inputs, own, counted, Targets(y, following), size, curved))
     return seen, unseen
 
 
@@ -249,17 +254,21 @@ class _Last:
         """Of the loss, by projection; G and A only with `factors`. The graph of one window is in memory at a time, or,
         where matrices are elsewhere, of one layer."""
         sums = {name: _zeros(part, factors) for name, part in self.parts.items()}
+        curved = [factors and window.curved for window in windows]
+        if not int(self.module.sum(torch.tensor(sum(curved)))):
+            curved = [factors] * len(windows)
         with self._changed(change):
-            for window in windows:
-                self._add(window, sums, factors)
-        tokens = float(self.module.sum(torch.tensor(float(sum(len(window.at) for window in windows)))))
+            for window, own in zip(windows, curved, strict=True):
+                self._add(window, sums, own)
+        sizes = torch.tensor([len(window.at) for window in windows], dtype=torch.float64)
+        counts = torch.stack([sizes.sum(), sizes[torch.tensor(curved, dtype=torch.bool)].sum()])
+        tokens, of_curved = self.module.sum(counts).tolist()
         for total in sums.values():
-            for square in (total.g, total.a):
-                if square is not None:
+            total.gradient = self.module.sum(total.gradient).to(total.gradient.device) / tokens
+            if total.g is not None and total.a is not None:
+                for square in (total.g, total.a):
                     mirror(square)
-            for field, value in vars(total).items():
-                if value is not None:
-                    setattr(total, field, self.module.sum(value).to(value.device) / tokens)
+                    square.copy_(self.module.sum(square) / of_curved)
         return sums
 
     def _add(self, window: Window, sums: dict[str, Derivatives], factors: bool) -> None:
@@ -281,7 +290,7 @@ class _Last:
             for name, (x, slope, *own) in found.items():
                 total = sums[name]
                 total.gradient += (slope.T @ x).double()
-                if total.g is not None and total.a is not None:
+                if own and total.g is not None and total.a is not None:
                     add_outer(total.g, own[0] * window.size)
                     add_outer(total.a, x / window.size)
 

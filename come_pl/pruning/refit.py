@@ -18,7 +18,9 @@ With `--refit_channels group`, a layer that stands for several dense ones gets t
 matter most (`channels.py`), unless that leaves more error on unseen windows than its own.
 
 `--refit_when step` repairs after each step, so that the next one is chosen on a repaired student; `end` once at the
-target depth, from the lowest changed layer upward, each layer on the stream that the repaired ones below give.
+target depth, from the lowest changed layer upward, each layer on the stream that the repaired ones below give. Layers
+above the last gap have little to learn and see a sample of the windows, as all that follows does: neither model runs
+there on the others.
 
 In these passes the layers below a long gap begin what it was there for. One layer with its few thousand features makes
 a poor linear model of many; so the n layers below one that stands for dense layers k … e − 1 have as targets

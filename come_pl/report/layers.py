@@ -274,9 +274,10 @@ def importance(run_dir: Path, path: Path | None = None) -> Path:
     after = list(zip(map(len, states[1:]), steps, strict=True))
     costs = {name: [(n, s[key]) for n, s in after if s.get(key) is not None] for key, name in kinds}
     costs = {name: points for name, points in costs.items() if points}
+    curves = {name: points for name, points in costs.items() if len(points) > 1 or not grids}
     head = wrap(title, 8.1 * (width := min(14.0, max(9.0, 3.0 + 0.13 * dense))))
     tall, between, above = min(6.0, max(1.3, 0.2 * len(steps))), 1.25, 0.97 + 0.27 * len(head)  # inches
-    rows = [tall] * len(grids) + [1.5] * bool(costs) or [0.5]
+    rows = [tall] * len(grids) + [1.5] * bool(curves) or [0.5]
     height = above + sum(rows) + between * (len(rows) - 1) + 0.65
     figure = Figure(figsize=(width, height))
     figure.text(0.45 / width, 1 - 0.3 / height, "\n".join(head), **TITLE)
@@ -291,7 +292,7 @@ def importance(run_dir: Path, path: Path | None = None) -> Path:
     for key, grid in grids.items():
         _heat(panel(0.85, y, width - 2.3, tall), panel(width - 1.3, y, 0.16, tall), key, grid, steps, states)
         y += tall + between
-    for column, (name, points) in enumerate(costs.items()):
+    for column, (name, points) in enumerate(curves.items()):
         axes = panel(0.85 + column * (half + 0.95), y, half, 1.5)
         left, values = [p[0] for p in points], [p[1] for p in points]
         axes.plot(left, values, color=OKABE_ITO[5 * column], marker="o", markersize=4, linewidth=1.8)
