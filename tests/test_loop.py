@@ -19,6 +19,7 @@ from come_pl.decoder import Decoder
 from come_pl.pruning.loop import ProgressivePruning, PruningBar
 from come_pl.pruning.methods.come import CoMe
 from come_pl.pruning.methods.come_p import CoMeP
+from come_pl.pruning.methods.shortest_path import ShortestPath
 from come_pl.pruning.module import NotFinite, PruningModule
 from come_pl.pruning.refit import Refit
 from come_pl.record import Record, replay
@@ -100,6 +101,18 @@ def test_a_run_reaches_its_target_and_can_be_replayed(tmp_path: Path, method: Co
     expected = module.student_model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in again.state_dict().items())
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+
+
+def test_on_the_way_to_a_repair_at_the_end_nothing_is_measured_for_its_own_sake(tmp_path: Path) -> None:
+    def measured(name: str, method: Any, refit: Refit | None, **options: Any) -> list[bool]:
+        module = prune(tmp_path / name, method=method, refit=refit, **options)
+        return [step.loss is not None for step in module.record.steps]
+
+    end = Refit("down", "end")
+    assert measured("planned", ShortestPath(windows=1, bridge=1), end) == [False, False, True]
+    assert measured("stopped", ShortestPath(windows=1, bridge=1), end, trainer={"max_steps": 2}) == [False, True]
+    assert measured("not repaired", ShortestPath(windows=1, bridge=0), None) == [True, True, True]
+    assert measured("a pass follows", CoMe(), end) == [True, True, True]
 
 
 def test_dense_layers_that_nobody_needs_leave_memory_and_come_back(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from conftest import SOLVABLE, save_tiny, tiny_ids, tiny_model, tiny_text
 
 from come_pl.cli.prune import prune_main
 from come_pl.decoder import Decoder
+from come_pl.pruning import regression
 from come_pl.pruning.module import PruningModule
 from come_pl.pruning.refit import Refit, check_family, token_weights
 from come_pl.pruning.regression import GRID, NormalEquations
@@ -53,6 +54,21 @@ def test_what_regressions_have_in_common_is_summed_once() -> None:
     expected = whole.at(0.3)
     assert expected is not None
     torch.testing.assert_close(torch.cat([o for o in outputs if o is not None]), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("block", [1, 4, 6, 100])
+def test_half_of_a_sum_of_outer_products_is_all_of_it(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regression, "BLOCK", block)
+    x, r, weight, _ = problem(True)
+    found = equations(x, r, weight, True)
+    rows = torch.cat([x, torch.ones(len(x), 1)], 1).double() * weight[:, None].double().sqrt()
+    for fold, part in enumerate(torch.arange(len(x)).chunk(4)):
+        torch.testing.assert_close(found.a[fold], rows[part].T @ rows[part], rtol=1e-5, atol=1e-5)
+        assert torch.equal(found.a[fold], found.a[fold].T)
+    before = found.a.clone()
+    found.add(x[:5], r[:5], weight[:5], 0)  # after it was asked for
+    assert torch.equal(found.a[1:], before[1:])
+    torch.testing.assert_close(found.a[0], before[0] + rows[:5].T @ rows[:5], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -55,7 +55,7 @@ Gap = tuple[int, int]  # the first layer that is dropped, and the first above it
 Costs = tuple[list[float | None], list[float | None], list[float | None]]  # see `ShortestPath.plan`
 EVERY = 4  # positions of a window whose logits are looked at: the head is dear, and neighbours say much the same
 MASSIVE = 100.0  # mean square of a token's stream, in units of the window's median, from which it is massive
-BRIDGE = 8  # windows that Δ is solved on
+BRIDGE = 16  # windows that Δ is solved on
 STRENGTH = 0.3  # λ: what the search of a repair finds for some thousand tokens; to choose layers that will do
 OPTIMISM = 0.9  # what a gap is taken to cost before it is measured, in units of its layers one by one
 
@@ -259,7 +259,7 @@ class ShortestPath(Planned):
     Args:
         windows: Calibration windows that divergences are measured on.
         bridge: Windows after those on which it is solved for what the layers below gaps can give; where there are none,
-            those that are measured. 0: nothing stands in for a gap. Without it, 8, or 0 in a run without --refit.
+            those that are measured. 0: nothing stands in for a gap. Without it, 16, or 0 in a run without --refit.
         gaps: Most gaps that the layers may be dropped in.
         slack: By how much more divergence fewer gaps may cost, as a share of the least.
     """
@@ -268,7 +268,7 @@ class ShortestPath(Planned):
     span = 1
     progressive = False
 
-    def __init__(self, windows: int = 2, bridge: int | None = None, gaps: int = 5, slack: float = 0.05, **options: Any):
+    def __init__(self, windows: int = 4, bridge: int | None = None, gaps: int = 5, slack: float = 0.05, **options: Any):
         super().__init__(**options)
         bridge = BRIDGE if bridge is None else bridge
         check(windows=(windows, 1), bridge=(bridge, 0), gaps=(gaps, 1), slack=(slack, 0))
