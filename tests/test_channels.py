@@ -104,7 +104,7 @@ def test_the_most_important_channels_of_all_layers_of_a_group(family: str, scale
         module,
         1,
         [1, 2, 3],
-        lambda layer, reads: refit.input_equations(module, 1, layer, shape.mlp_inputs[0], reads=reads).solve(),
+        lambda layer, reads: refit.input_equations(module, 1, layer, shape.mlp_inputs[0], reads).solve(),
         lambda number: torch.where(
             module.batches[number]["mask"], 1 / module.teacher_stream(number, 4).square().mean(-1), 0.0
         ),
@@ -144,9 +144,7 @@ def test_a_second_sweep_starts_from_what_the_dense_layers_read(source: str, monk
     seen: list[tuple[int, str]] = []
     solved = Refit.input_equations
 
-    def watched(
-        self: Refit, module: PruningModule, index: int, layer: int, path: str, numbers: Any = None, reads: Any = None
-    ) -> Any:
+    def watched(self: Refit, module: PruningModule, index: int, layer: int, path: str, reads: Any = None) -> Any:
         if reads is None:
             read = module.student.family.mlp_inputs if "mlp" in path else ("self_attn.q_proj", "self_attn.v_proj")
             for name in read:
@@ -157,7 +155,7 @@ def test_a_second_sweep_starts_from_what_the_dense_layers_read(source: str, monk
                 )
                 assert torch.equal(*weights), (index, name)
             seen.append((index, path))
-        return solved(self, module, index, layer, path, numbers, reads)
+        return solved(self, module, index, layer, path, reads)
 
     monkeypatch.setattr(Refit, "input_equations", watched)
     _, _, step = repaired(2, channels=source)

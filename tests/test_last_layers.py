@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,8 @@ from come_pl.record import Record, Step, replay
 from come_pl.runs import read_run
 from come_pl.surgery import set_weights
 from come_pl.taps import streams
+
+ALL = 10**6
 
 
 def names_of(module: PruningModule, layers: int) -> list[str]:
@@ -59,35 +60,34 @@ def whole_factors(module: PruningModule, lowest: int, names: list[str]) -> dict[
     """(G, A) of each projection, with whole runs; token by token."""
     sums = {name: [0.0, 0.0] for name in names}
     tokens = 0
-    windows = [pair for b in module.batches for pair in zip(b["input_ids"], b["mask"], strict=True)]
-    windows = [(ids, mask) for ids, mask in windows if int(ids.sum()) % 4]
-    some = [(ids, mask) for ids, mask in windows if int(ids.sum()) // 4 % last_layers.CURVED == 0]
-    assert len(some) < len(windows)
-    for ids, mask in some or windows:
-        seen: dict[str, tuple[Tensor, Tensor]] = {}
-        handles = []
-        for name in names:
+    for batch in module.batches:
+        for ids, mask in zip(batch["input_ids"], batch["mask"], strict=True):
+            if int(ids.sum()) % 4 == 0:
+                continue
+            seen: dict[str, tuple[Tensor, Tensor]] = {}
+            handles = []
+            for name in names:
 
-            def after(module: nn.Module, args: tuple, output: Tensor, name: str = name, to: Any = seen) -> Tensor:
-                to[name] = args[0].detach(), output + torch.zeros_like(output).requires_grad_()
-                return to[name][1]
+                def after(module: nn.Module, args: tuple, output: Tensor, name: str = name, to: Any = seen) -> Tensor:
+                    to[name] = args[0].detach(), output + torch.zeros_like(output).requires_grad_()
+                    return to[name][1]
 
-            handles.append(projection_of(module, name).register_forward_hook(after))
-        with streams(module.student, [lowest]) as stream:
-            inputs = {"input_ids": ids[None], "attention_mask": mask[None].long(), "use_cache": False}
-            logs = module.student_model(**inputs).logits[0].log_softmax(-1)
-        for handle in handles:
-            handle.remove()
-        picked = mask[1:] & mask[:-1]
-        nats = -logs[:-1].gather(-1, ids[1:, None]).squeeze(-1)[picked].sum()
-        slopes = torch.autograd.grad(nats, [seen[name][1] for name in names])
-        for name, slope in zip(names, slopes, strict=True):
-            x, slope = (value.reshape(len(ids), -1) for value in (seen[name][0], slope))
-            for t in picked.nonzero().squeeze(1).tolist():
-                size = float(stream[lowest][0, t].detach().square().mean().sqrt())
-                sums[name][0] += (slope[t] * size).double().outer((slope[t] * size).double())
-                sums[name][1] += (x[t] / size).double().outer((x[t] / size).double())
-        tokens += int(picked.sum())
+                handles.append(projection_of(module, name).register_forward_hook(after))
+            with streams(module.student, [lowest]) as stream:
+                inputs = {"input_ids": ids[None], "attention_mask": mask[None].long(), "use_cache": False}
+                logs = module.student_model(**inputs).logits[0].log_softmax(-1)
+            for handle in handles:
+                handle.remove()
+            picked = mask[1:] & mask[:-1]
+            nats = -logs[:-1].gather(-1, ids[1:, None]).squeeze(-1)[picked].sum()
+            slopes = torch.autograd.grad(nats, [seen[name][1] for name in names])
+            for name, slope in zip(names, slopes, strict=True):
+                x, slope = (value.reshape(len(ids), -1) for value in (seen[name][0], slope))
+                for t in picked.nonzero().squeeze(1).tolist():
+                    size = float(stream[lowest][0, t].detach().square().mean().sqrt())
+                    sums[name][0] += (slope[t] * size).double().outer((slope[t] * size).double())
+                    sums[name][1] += (x[t] / size).double().outer((x[t] / size).double())
+            tokens += int(picked.sum())
     return {name: (g / tokens, a / tokens) for name, (g, a) in sums.items()}  # type: ignore[misc]
 
 
@@ -97,9 +97,7 @@ def test_loss_and_derivatives_are_those_of_whole_models(family: str, layers: int
     module, _, _ = ready(family, Step("drop", [2], scale=scale))
     module.student_model.requires_grad_(False)
     last, draw = last_layers._Last(module, layers), torch.Generator().manual_seed(0)
-    parts = dict(
-        zip((False, True), last_layers._windows(module, 4, module.first_batches(None), last.lowest), strict=True)
-    )
+    parts = dict(zip((False, True), last_layers._windows(module, 4, ALL, last.lowest), strict=True))
     assert sum(map(len, parts.values())) == 8 and all(parts.values()), "both kinds are there"
     change = 0.1 * torch.randn(sum(last.sizes), generator=draw)
     losses = {which: last.loss(part, change) for which, part in parts.items()}
@@ -202,7 +200,7 @@ def test_it_helps_on_windows_that_it_was_not_fitted_to(family: str, layers: int)
             return float(whole_loss(module, True))
 
     wrong = unseen()
-    new = last_layers.projections(module, 4, layers)
+    new = last_layers.projections(module, 4, layers, ALL)
     assert set(new) == set(kept) and all(new[name].dtype == weight.dtype for name, weight in kept.items())
     set_weights(module.student, new)
     right = unseen()
@@ -226,45 +224,25 @@ def test_neither_batches_nor_what_is_kept_of_streams_matter() -> None:
         ]
         module._states, module._valid, module.cache = [None] * (64 // size), [0] * (64 // size), cache
         module._teacher_states.clear()
-        found.append(last_layers.projections(module, 4, layers))
+        found.append(last_layers.projections(module, 4, layers, 64 * 30 // 2))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-6)
 
 
-def test_a_sample_of_the_windows_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_about_so_many_tokens_are_looked_at() -> None:
     module, _ = made_wrong("llama", 1)
-    [batch] = module.batches
-    module.batches = [
-        {name: None if value is None else value[row : row + 1] for name, value in batch.items()} for row in range(64)
-    ]
-    module._states, module._valid = [None] * 64, [0] * 64
-    module._teacher_states.clear()
-    looked: list[int] = []
-    windows = last_layers._windows
-
-    def watched(module: PruningModule, folds: int, numbers: Sequence[int], lowest: int) -> Any:
-        looked.append(len(numbers))
-        return windows(module, folds, numbers, lowest)
-
-    monkeypatch.setattr(last_layers, "_windows", watched)
-    for tokens, least, expected in (
-        (10**6, 8, [64]),
-        (20 * batch["mask"].shape[1], 8, [20]),
-        (1, 8, [8]),
-        (1, 1, [1, 64]),
-    ):
-        monkeypatch.setattr(last_layers, "TOKENS", tokens)
-        monkeypatch.setattr("come_pl.pruning.batches.WINDOWS", least)
-        looked.clear()
-        assert last_layers.projections(module, 4, 1), "where one kind is left out of few, all are taken"
-        assert looked == expected
+    for tokens, least, most in ((ALL, 64, 64), (64 * 30 // 4, 8, 26)):
+        seen, unseen = last_layers._windows(module, 4, tokens, 2)
+        assert least <= len(seen) + len(unseen) <= most and seen and unseen
+    assert not all(last_layers._windows(module, 4, 1, 2)), "so few that one kind is left out"
+    assert last_layers.projections(module, 4, 1, 1), "then all are taken"
 
 
 def test_what_cannot_be_solved_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     lost, _, _ = ready("llama", Step("drop", [2]))
     with monkeypatch.context() as patch:
         patch.setattr(last_layers._Last, "step", lambda *_: lambda strength: torch.full((10,), math.nan))
-        assert last_layers.projections(lost, 4, 2) == {}
+        assert last_layers.projections(lost, 4, 2, ALL) == {}
     capped, _, _ = ready("llama", Step("drop", [2]))
     capped.student.config.final_logit_softcapping = 30.0
     assert last_layers.projections(capped, 4, 2) == {}
@@ -321,7 +299,7 @@ def test_matrices_on_disk_are_there_for_autograd(tmp_path: Path) -> None:
         module.training_step({"input_ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}, 0)
         assert bool(stored(module.student.layers[0])) == (offload == "disk")
         last = last_layers._Last(module, 2)
-        seen, unseen = last_layers._windows(module, 4, module.first_batches(None), last.lowest)
+        seen, unseen = last_layers._windows(module, 4, ALL, last.lowest)
         change = torch.full((sum(last.sizes),), 0.01)
         derivatives = last.derivatives(seen, change, True)
         found.append(([vars(each) for each in derivatives.values()], last.loss(unseen, change)))

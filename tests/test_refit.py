@@ -280,7 +280,7 @@ def test_what_a_layer_reads_is_led_back_by_least_squares(family: str) -> None:
     change = torch.linalg.solve(x.T @ x + ridge, x.T @ (wanted - x)).T
     torch.testing.assert_close(fit.change.double(), change, rtol=1e-3, atol=1e-5)
     weights: dict[str, torch.Tensor] = {}
-    refit._reads(module, 1, 2, (shape.query, shape.key, shape.value), weights, None)
+    refit._reads(module, 1, 2, (shape.query, shape.key, shape.value), weights)
     assert len(weights) == 3
     for path, weight in old.items():
         new = student.part(student.layers[1], path).weight

@@ -168,37 +168,6 @@ def test_streams_are_the_student_s(kind: str, ran: int, resumed: bool) -> None:
             module.attach(model, record, needs={"streams"})
 
 
-@pytest.mark.parametrize("cache", ["ram", "disk"])
-def test_above_the_last_gap_only_a_sample_is_run(cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four of eight windows; what is below sees all of them. The first pass ran one batch of four."""
-    found, ids = [], tiny_ids(windows=8, seq=12)
-    for windows, ran in ((8, 3), (4, 1)):
-        monkeypatch.setattr("come_pl.pruning.batches.SAMPLE", 12 * windows)
-        monkeypatch.setattr("come_pl.pruning.last_layers.TOKENS", 12 * windows)
-        monkeypatch.setattr("come_pl.pruning.batches.WINDOWS", 1)
-        module, record = PruningModule(monitor=1, cache=cache), Record(6)
-        module.attach(tiny_model("llama", layers=6), record, needs={"streams"})
-        module.keeps_dense, module.pass_windows = True, 2
-        for batch in range(4):
-            part = ids[2 * batch : 2 * batch + 2]
-            module.training_step({"input_ids": part, "mask": torch.ones_like(part, dtype=torch.bool)}, batch)
-        steps = [Step("drop", [3]), Step("drop", [2])]
-        with calls(*module.teacher.layers) as counts:
-            for step in steps:
-                module.do(step)
-                record.append(step)
-                Refit("all", "end", channels="own", last=1).after(module, step, record, last=step is steps[1])
-        assert counts == [3, 3, 3, 3, ran, ran], "the dense model, above the gap's end"
-        assert steps[1].weights is not None
-        found.append(steps[1].weights)
-    every, some = found
-    below = {name for name in every if name[0] in "01"}  # 1 stands for the gap
-    assert below == {name for name in some if name[0] in "01"} and len(below) > 2
-    assert all(torch.equal(every[name], some[name]) for name in below)
-    above = every.keys() - below
-    assert above and not any(name in some and torch.equal(every[name], some[name]) for name in above)
-
-
 @pytest.mark.parametrize("cache", ["ram", "disk", "none"])
 def test_the_dense_model_does_not_run_again_for_its_streams(cache: Any) -> None:
     model, module, record = tiny_model("llama", layers=5), PruningModule(monitor=1, cache=cache), Record(5)

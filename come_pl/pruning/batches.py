@@ -12,9 +12,6 @@ from torch import Tensor
 from come_pl.pruning.race import Look
 from come_pl.taps import targets_of
 
-SAMPLE = 32768  # tokens that are enough where little is solved for
-WINDOWS = 8  # but so many windows at least: of few, none may be left to choose a strength on
-
 
 class CalibrationBatches(LightningModule):
     """Batches are kept from the first pass on.
@@ -38,15 +35,6 @@ class CalibrationBatches(LightningModule):
             found.append(index)
             taken += len(batch["input_ids"])
         return found
-
-    def first_tokens(self, tokens: int) -> list[int]:
-        """Indices of the first batches with so many tokens of all processes together, padding included."""
-        return self.first_batches(max(WINDOWS, tokens // self.batches[0]["input_ids"].shape[1]))
-
-    @property
-    def sample(self) -> list[int]:
-        """Indices of the batches for what more text hardly improves."""
-        return self.first_tokens(SAMPLE)
 
     def monitored(self, windows: int) -> dict[int, slice]:
         """This process's share, rounded up, of the first so many windows of all: batch → which of it."""

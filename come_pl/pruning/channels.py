@@ -6,8 +6,7 @@ channel c of dense layer j ∈ G gives here, after one activation act, and with 
     φ_jc = act(gate_jc · (I + Δ_j) x) (up_jc · (I + Δ_j) x)
 
 Δ_j leads x towards what the MLP of layer j reads in the dense model, in least squares (`Refit.input_equations`), and is
-folded into the weights; Δ and what follows come from a sample of the windows (`CalibrationBatches.sample`). As many
-channels as a layer has are kept, those with the largest
+folded into the weights. As many channels as a layer has are kept, those with the largest
 
     √(Σ_t w_t φ_jc(x_t)²) · ‖down_jc‖,   w_t = 1 / mean_c(T_tc²),   T the dense stream after G
 
@@ -158,7 +157,7 @@ def _importance(
 ) -> Tensor:
     """(channels,) fp64, rounded: the order in which windows and processes were added leaves no trace."""
     total = torch.zeros(channels.outputs.shape[1], dtype=torch.float64, device=module.device)
-    for number in module.sample:
+    for number in range(len(module.batches)):
         counts = weights(number)
         for window, x in enumerate(reads(number)):
             values = module.student.mlp_channels(x, channels.inputs).float().square()

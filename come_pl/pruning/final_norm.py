@@ -95,11 +95,9 @@ def _step(gradient: Tensor, fisher: Tensor) -> Callable[[float], Tensor]:
 def _positions(module: PruningModule, folds: int, least: int) -> tuple[Positions, Positions]:
     """(what is fitted to, what is not), of all processes, window after window: they exchange the tokens, and each
     solves the whole problem, so that what comes out does not depend on how many there are."""
-    counts = torch.stack([targets_of(module.batches[number]["mask"]).sum().double() for number in module.sample])
-    stride = max(1, math.floor(float(module.sum(counts.sum())) / least))
+    stride = max(1, math.floor(module.targets() / least))
     found: list[tuple[Tensor, ...]] = []  # of each window, filled up to as many rows as any has
-    for number in module.sample:
-        batch = module.batches[number]
+    for number, batch in enumerate(module.batches):
         counted = targets_of(batch["mask"])
         picked = counted & ((counted.cumsum(1) - 1) % stride == 0)
         u = _normed(module.student, module.stream(number, len(module.student)))

@@ -25,7 +25,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,10 +46,9 @@ if TYPE_CHECKING:
 
 LAYERS = 12  # at most, where it is not said how many
 MOST_GIB = 8.0  # that these may take then
+TOKENS = 16384  # predicted tokens of all processes that are looked at, in whole windows; twice as many gave no more
 STRENGTHS = tuple(10.0 ** (k / 2) for k in range(3, 11))  # 32 … 100,000
 STRENGTH = 1000.0  # about what a layer needs: where the search begins, times their number
-TOKENS = 16384  # that are looked at, in whole windows; twice as many gave no more
-CURVED = 3  # one window in so many tells the curvature: as good as all
 STEPS = 2  # a third brought little, and each reads the tokens again
 Factors = tuple[Tensor, Tensor]  # of a positive matrix: eigenvalues, eigenvectors
 
@@ -78,21 +77,22 @@ def repaired_head(module: PruningModule, folds: int, layers: int | Literal["auto
     return new | own
 
 
-def projections(module: PruningModule, folds: int, layers: int) -> dict[str, Tensor]:
+def projections(module: PruningModule, folds: int, layers: int, tokens: int = TOKENS) -> dict[str, Tensor]:
     """The new weights, in their dtype, by the names of `surgery.set_weights`; none where none are better on unseen
     windows.
 
     Args:
         folds: calibration windows are dealt into so many parts; the first is not fitted to.
         layers: how many, where there are as many. Of each, several times its output projections are in memory.
+        tokens: about so many predicted tokens are looked at.
     """
     student = module.student
     if not head.predictable(module) or not student.family.linear_outputs:
         return {}
     last = _Last(module, min(layers, len(student)))
-    seen, unseen = _windows(module, folds, module.first_tokens(TOKENS), last.lowest)
+    seen, unseen = _windows(module, folds, tokens, last.lowest)
     if not _everywhere(module, seen, unseen):  # of few windows chance may have left out all of one kind
-        seen, unseen = _windows(module, folds, module.first_batches(None), last.lowest)
+        seen, unseen = _windows(module, folds, math.inf, last.lowest)
     if not _everywhere(module, seen, unseen):
         return {}
     factors: dict[str, tuple[Factors, Factors]] = {}  # they hardly change from one step to the next
@@ -117,7 +117,6 @@ class Window:
         counted: (seq − 1,), True where a token is predicted.
         at: y and the next token of these tokens.
         size: the root mean square of the stream at these (tokens, 1).
-        curved: whether it is one of those that curvature is taken from. That goes by its content, as its fold does.
     """
 
     inputs: tuple[Tensor, Tensor | None]
@@ -125,7 +124,6 @@ class Window:
     counted: Tensor
     at: Targets
     size: Tensor
-    curved: bool
 
 
 def _everywhere(module: PruningModule, *parts: list[Window]) -> bool:
@@ -134,15 +132,15 @@ def _everywhere(module: PruningModule, *parts: list[Window]) -> bool:
 
 
 @torch.no_grad()  # no inference mode: autograd goes through
-def _windows(
-    module: PruningModule, folds: int, numbers: Sequence[int], lowest: int
-) -> tuple[list[Window], list[Window]]:
-    """(what is fitted to, what is not) of some batches of this process."""
+def _windows(module: PruningModule, folds: int, tokens: float, lowest: int) -> tuple[list[Window], list[Window]]:
+    """(what is fitted to, what is not) of this process. Which windows goes by their content, not by the process or the
+    batch that they are in."""
+    stride = max(1, round(module.targets() / tokens))
     seen: list[Window] = []
     unseen: list[Window] = []
-    for number in numbers:
-        batch = module.batches[number]
-        rows = targets_of(batch["mask"]).any(1).nonzero().squeeze(1).tolist()
+    for number, batch in enumerate(module.batches):
+        picked = (batch["input_ids"].sum(1) // folds % stride == 0) & targets_of(batch["mask"]).any(1)
+        rows = picked.nonzero().squeeze(1).tolist()
         if not rows:
             continue
         hidden = module.stream(number, lowest)
@@ -156,8 +154,7 @@ def _windows(
             size = own[0, :-1][counted].float().square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt()
             inputs = inputs_of(part)
             kind = unseen if folds_of(batch, folds)[row] == 0 else seen
-            curved = int(part["input_ids"].sum()) // folds % CURVED == 0
-            kind.append(Window(inputs, own, counted, Targets(y, following), size, curved))
+            kind.append(Window(inputs, own, counted, Targets(y, following), size))
     return seen, unseen
 
 
@@ -254,21 +251,17 @@ class _Last:
         """Of the loss, by projection; G and A only with `factors`. The graph of one window is in memory at a time, or,
         where matrices are elsewhere, of one layer."""
         sums = {name: _zeros(part, factors) for name, part in self.parts.items()}
-        curved = [factors and window.curved for window in windows]
-        if not int(self.module.sum(torch.tensor(sum(curved)))):
-            curved = [factors] * len(windows)
         with self._changed(change):
-            for window, own in zip(windows, curved, strict=True):
-                self._add(window, sums, own)
-        sizes = torch.tensor([len(window.at) for window in windows], dtype=torch.float64)
-        counts = torch.stack([sizes.sum(), sizes[torch.tensor(curved, dtype=torch.bool)].sum()])
-        tokens, of_curved = self.module.sum(counts).tolist()
+            for window in windows:
+                self._add(window, sums, factors)
+        tokens = float(self.module.sum(torch.tensor(float(sum(len(window.at) for window in windows)))))
         for total in sums.values():
-            total.gradient = self.module.sum(total.gradient).to(total.gradient.device) / tokens
-            if total.g is not None and total.a is not None:
-                for square in (total.g, total.a):
+            for square in (total.g, total.a):
+                if square is not None:
                     mirror(square)
-                    square.copy_(self.module.sum(square) / of_curved)
+            for field, value in vars(total).items():
+                if value is not None:
+                    setattr(total, field, self.module.sum(value).to(value.device) / tokens)
         return sums
 
     def _add(self, window: Window, sums: dict[str, Derivatives], factors: bool) -> None:
@@ -290,7 +283,7 @@ class _Last:
             for name, (x, slope, *own) in found.items():
                 total = sums[name]
                 total.gradient += (slope.T @ x).double()
-                if own and total.g is not None and total.a is not None:
+                if total.g is not None and total.a is not None:
                     add_outer(total.g, own[0] * window.size)
                     add_outer(total.a, x / window.size)
 

@@ -18,9 +18,7 @@ With `--refit_channels group`, a layer that stands for several dense ones gets t
 matter most (`channels.py`), unless that leaves more error on unseen windows than its own.
 
 `--refit_when step` repairs after each step, so that the next one is chosen on a repaired student; `end` once at the
-target depth, from the lowest changed layer upward, each layer on the stream that the repaired ones below give. Layers
-above the last gap have little to learn and see a sample of the windows, as all that follows does: neither model runs
-there on the others.
+target depth, from the lowest changed layer upward, each layer on the stream that the repaired ones below give.
 
 In these passes the layers below a long gap begin what it was there for. One layer with its few thousand features makes
 a poor linear model of many; so the n layers below one that stands for dense layers k … e − 1 have as targets
@@ -64,9 +62,6 @@ Source = Literal["own", "group"]
 ENOUGH = 0.75  # share of what it lacks, on unseen windows, that a layer below a gap may still lack to begin it
 TIE = 1.02  # error of all channels, in units of its own's, that is no more: equal there, they gave the better model
 Gap = tuple[float, int, int]  # a share of what lies between two boundaries of the teacher's stream
-Weights = dict[str, Tensor]  # by the names of `surgery.set_weights`
-Numbers = Sequence[int] | None  # of the batches that count; all of them without it
-Reads = Callable[[int], Tensor] | None  # the number of a batch → what a projection gets, where that is known
 
 
 def token_weights(target: Tensor, mask: Tensor, weighting: Weighting) -> Tensor:
@@ -195,25 +190,23 @@ class Refit:
             module.changed_from(min(index, module.start))
         if last:
             gaps = self.gaps_ahead(record)
-            several = [i for i, group in enumerate(record.groups) if len(group) > 1]
-            lowest, highest = min([*several, *gaps]), max(several)
+            lowest = min([next(i for i, group in enumerate(record.groups) if len(group) > 1), *gaps])
             for sweep in range(self.sweeps):
                 module.changed_from(lowest)
                 module.reach(lowest)
                 layers = range(lowest, len(module.student))
                 for layer in tqdm(layers, "repairing", leave=False, unit="layer", disable=module.global_rank > 0):
                     restore = _memory(module, layer, weights)
-                    numbers = None if layer <= highest else module.sample
-                    self._layer(module, record, layer, weights, errors, shares, gaps.get(layer, ()), numbers)
+                    self._layer(module, record, layer, weights, errors, shares, gaps.get(layer, ()))
                     error = errors[layer]
                     if layer in gaps and sweep == 0 and (error is None or error > ENOUGH):
                         del gaps[layer]
                         restore()
                         errors[layer] = None
                         self._layer(module, record, layer, weights, errors, shares)
-                    module.advance(layer, None if layer < highest else module.sample)
+                    module.advance(layer)
             if self.final:
-                module.reach(len(module.student), module.sample)
+                module.reach(len(module.student))
                 weights |= last_layers.repaired_head(module, self.folds, self.last)
         step.weights = weights or None
         step.scores["refit_error"] = errors
@@ -235,11 +228,10 @@ class Refit:
         module: PruningModule,
         record: Record,
         index: int,
-        weights: Weights,
+        weights: dict[str, Tensor],
         errors: list[float | None],
         shares: dict[int, float],
         gaps: Sequence[Gap] = (),
-        numbers: Numbers = None,
     ) -> None:
         family, end = module.student.family, record.groups[index][-1] + 1
         module.begin_repair(index)
@@ -253,10 +245,10 @@ class Refit:
             if concatenates:  # the channels may be a mixture, from a step or sweep before
                 self._set(module, index, channels.dense(module, index, record.sources[index]), weights)
             if source is not None:
-                self._reads(module, index, source, reads, weights, numbers)
+                self._reads(module, index, source, reads, weights)
             if self.parts == "down" and path != family.mlp_output:
                 continue
-            fit, left = self._output(module, index, path, end, gaps, numbers)
+            fit, left = self._output(module, index, path, end, gaps)
             before = before or left
             if concatenates:
                 fit, left, kept = self._concatenated(module, record, index, fit, left, weights, gaps)
@@ -271,10 +263,10 @@ class Refit:
             errors[index] = float(f"{left / before:.6g}")
 
     def _output(
-        self, module: PruningModule, index: int, path: str, end: int, gaps: Sequence[Gap], numbers: Numbers = None
+        self, module: PruningModule, index: int, path: str, end: int, gaps: Sequence[Gap]
     ) -> tuple[Fit | None, float]:
         """(the fit of an output projection, the error without it)."""
-        equations = self.equations(module, index, path, end, numbers=numbers, gaps=gaps)
+        equations = self.equations(module, index, path, end, gaps=gaps)
         return self._solved(path, equations), float(equations.c.sum())
 
     def _concatenates(self, record: Record, index: int) -> bool:
@@ -289,7 +281,7 @@ class Refit:
         index: int,
         fit: Fit | None,
         left: float,
-        weights: Weights,
+        weights: dict[str, Tensor],
         gaps: Sequence[Gap],
     ) -> tuple[Fit | None, float, dict[int, float]]:
         """Give a layer the most important channels of all dense layers that it stands for, unless its own leave clearly
@@ -307,9 +299,7 @@ class Refit:
 
         def led(layer: int, reads: Callable[[int], Tensor]) -> Fit | None:
             path = family.mlp_inputs[0]
-            return self._solved(
-                f"{path} of others", self.input_equations(module, index, layer, path, module.sample, reads)
-            )
+            return self._solved(f"{path} of others", self.input_equations(module, index, layer, path, reads))
 
         def counts(number: int) -> Tensor:
             target = module.teacher_stream(number, group[-1] + 1)
@@ -325,15 +315,17 @@ class Refit:
         return fit, left, {}
 
     def _reads(
-        self, module: PruningModule, index: int, source: int, paths: Sequence[str], weights: Weights, numbers: Numbers
+        self, module: PruningModule, index: int, source: int, paths: Sequence[str], weights: dict[str, Tensor]
     ) -> None:
         self._set(module, index, channels.read_by(module, source, index, paths), weights)  # may have been led before
-        fit = self._solved(paths[0], self.input_equations(module, index, source, paths[0], numbers))
+        fit = self._solved(paths[0], self.input_equations(module, index, source, paths[0]))
         if fit is not None:
             layer = module.student.layers[index]
             self._set(module, index, {path: fit.before(module.student.part(layer, path)) for path in paths}, weights)
 
-    def _set(self, module: PruningModule, index: int, changed: dict[str, dict[str, Tensor]], weights: Weights) -> None:
+    def _set(
+        self, module: PruningModule, index: int, changed: dict[str, dict[str, Tensor]], weights: dict[str, Tensor]
+    ) -> None:
         new = {f"{index}.{path}.{name}": value for path, own in changed.items() for name, value in own.items()}
         set_weights(module.student, new)
         module.inputs.changed(module.student, [path for path, own in changed.items() if own])
@@ -347,15 +339,22 @@ class Refit:
 
     @torch.inference_mode()
     def input_equations(
-        self, module: PruningModule, index: int, source: int, path: str, numbers: Numbers = None, reads: Reads = None
+        self,
+        module: PruningModule,
+        index: int,
+        source: int,
+        path: str,
+        reads: Callable[[int], Tensor] | None = None,
     ) -> NormalEquations:
         """Sums, over all processes, of the regression, on what projection `path` of student layer `index` gets, of what
         that of teacher layer `source` gets more; each token counts the same, as both come out of a norm.
+
+        Args:
+            reads: the number of a batch → what the student's projection gets, where that is known.
         """
         student, teacher = module.student, module.teacher
         equations = NormalEquations(student.geometry.hidden, student.geometry.hidden, self.folds, False, module.device)
-        for number in module.first_batches(None) if numbers is None else numbers:
-            batch = module.batches[number]
+        for number, batch in enumerate(module.batches):
             x = module.reads(number, index, path) if reads is None else reads(number)
             wanted = projection_input(teacher, source, path, *inputs_of(batch), module.teacher_stream(number, source))
             equations.add_windows(batch, x, wanted.float() - x.float(), batch["mask"].float())
@@ -370,7 +369,7 @@ class Refit:
         end: int,
         layer: nn.Module | None = None,
         place: int | None = None,
-        numbers: Numbers = None,
+        windows: int | None = None,
         gaps: Sequence[Gap] = (),
     ) -> NormalEquations:
         """Sums, over all processes, of the regression of what a layer lacks on the input of its projection `path`.
@@ -380,6 +379,7 @@ class Refit:
             end: boundary of the teacher's stream that it must give (times what drops above it scaled the stream by).
             layer: by default student layer `first`.
             place: the layer index that it runs as; by default `first`.
+            windows: only the first so many of all processes, rounded up to whole batches.
             gaps: what it must give beside that.
         """
         student, place = module.student, first if place is None else place
@@ -390,7 +390,7 @@ class Refit:
         for share, low, high in gaps:
             wanted += [(share, high), (-share, low)]
         scales = [module.record.scale_at(boundary) for _, boundary in wanted]
-        for number in module.first_batches(None) if numbers is None else numbers:
+        for number in module.first_batches(windows):
             batch, hidden = module.batches[number], module.stream(number, first)
             target = torch.zeros_like(hidden, dtype=torch.float32)
             for (share, boundary), scale in zip(wanted, scales, strict=True):
@@ -406,7 +406,7 @@ def _unseen(fit: Fit | None, left: float) -> float:
     return left if fit is None else left * fit.error
 
 
-def _memory(module: PruningModule, index: int, weights: Weights) -> Callable[[], None]:
+def _memory(module: PruningModule, index: int, weights: dict[str, Tensor]) -> Callable[[], None]:
     """A function that gives student layer `index` its present parameters again, and `weights` what is in it now."""
     layer, before = module.student.layers[index], dict(weights)
     parameters = dict(layer.named_parameters())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,8 +40,7 @@ class CalibrationStates(CalibrationBatches):
         self._streams = Streams(self.cache_gib, files)
         self._states: list[Block | None] = []  # of each batch
         self._valid: list[int] = []  # of each: its highest boundary that is the student's as it is
-        self._teacher_states: dict[int, Block] = {}  # the same of the teacher, as far up as something asked for
-        self._teacher_valid: dict[int, int] = {}  # of each: its highest boundary
+        self._teacher_states: dict[int, Block] = {}  # the same of the teacher, once something asks for them
         # to this boundary the student's streams are the dense model's
         self._shared = min((lowest_changed(step) for step in self.record.steps), default=len(self.teacher))
         self.inputs = KnownInputs(enabled=self.in_memory and not self.compile_layers)  # compiled layers run as they are
@@ -96,14 +94,13 @@ class CalibrationStates(CalibrationBatches):
         own = self._states[batch_idx]
         if own is not None and boundary <= min(self._valid[batch_idx], self._shared):
             return self._back(own, boundary)
-        kept = self._teacher_states.get(batch_idx) or self._block(self.teacher, self.batches[batch_idx])
-        assert kept is not None
-        start = self._teacher_valid.get(batch_idx, 0)
-        if boundary > start or batch_idx not in self._teacher_states:
-            hidden, stop = self._back(kept, start) if start else None, max(boundary, 1)
-            with boundaries(self.teacher, start, kept, stop):
-                self.teacher.run(*inputs_of(self.batches[batch_idx]), start=start, hidden=hidden, stop=stop)
-            self._teacher_states[batch_idx], self._teacher_valid[batch_idx] = kept, stop
+        kept = self._teacher_states.get(batch_idx)
+        if kept is None:
+            kept = self._block(self.teacher, self.batches[batch_idx])
+            assert kept is not None
+            with boundaries(self.teacher, into=kept):
+                self.teacher.run(*inputs_of(self.batches[batch_idx]))
+            self._teacher_states[batch_idx] = kept
         return self._back(kept, boundary)
 
     def hand_over(self, lowest: int) -> None:
@@ -112,7 +109,7 @@ class CalibrationStates(CalibrationBatches):
         for index, kept in enumerate(self._states):
             if kept is None or self._valid[index] < len(self.teacher) or index in self._teacher_states:
                 continue
-            self._teacher_states[index], self._teacher_valid[index] = kept, len(self.teacher)
+            self._teacher_states[index] = kept
             own = self._states[index] = self._block(self.student, self.batches[index])
             assert own is not None
             for boundary in range(lowest + 1):
@@ -130,14 +127,12 @@ class CalibrationStates(CalibrationBatches):
         self._valid = [min(valid, lowest) for valid in self._valid]
 
     @torch.inference_mode()
-    def reach(self, boundary: int, numbers: Sequence[int] | None = None) -> None:
-        """Make the student's streams valid up to a boundary, in some batches or in all."""
+    def reach(self, boundary: int) -> None:
+        """Make the student's streams of all windows valid up to a boundary."""
         if self.cache == "none":
             return
         self.pass_windows = None
-        numbers = range(len(self.batches)) if numbers is None else numbers
-        for index in numbers:
-            batch = self.batches[index]
+        for index, batch in enumerate(self.batches):
             if self._states[index] is None or self._valid[index] < 0:
                 own = self._shared < 0
                 embedded = stream_at(self.student, 0, *inputs_of(batch)) if own else self.teacher_stream(index, 0)
@@ -145,16 +140,15 @@ class CalibrationStates(CalibrationBatches):
                 assert store is not None
                 store[0] = embedded
                 self._valid[index] = 0
-        for layer in range(max(min(self._valid[index] for index in numbers), 0), boundary):
-            self.advance(layer, numbers)
+        for layer in range(self.start, boundary):
+            self.advance(layer)
 
     @torch.inference_mode()
-    def advance(self, layer: int, numbers: Sequence[int] | None = None) -> None:
-        """Run one layer of the student again, so that the stream after it is valid, in some batches or in all."""
+    def advance(self, layer: int) -> None:
+        """Run one layer of the student again, so that the stream after it is valid."""
         if self.cache == "none":
             return
-        for index in range(len(self.batches)) if numbers is None else numbers:
-            store = self._states[index]
+        for index, store in enumerate(self._states):
             assert store is not None and self._valid[index] >= layer, "streams are advanced from below"
             if layer < self._shared:
                 store[layer + 1] = self.teacher_stream(index, layer + 1)

@@ -112,8 +112,7 @@ class Selector:
         end = record.groups[layers[-1]][-1] + 1
         path = module.student.family.mlp_output
         windows = -(-self.tokens // module.batches[0]["input_ids"].shape[1])
-        numbers = module.first_batches(windows)
-        equations = self.refit.equations(module, layers[0], path, end, new, candidate.place, numbers)
+        equations = self.refit.equations(module, layers[0], path, end, new, candidate.place, windows)
         fit = equations.solve(STRENGTHS[0], STRENGTHS)
         error = float(equations.c.sum() / equations.tokens) * (1.0 if fit is None else fit.error)
         candidate.error = float(f"{error:.6g}")
