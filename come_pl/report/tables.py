@@ -67,6 +67,8 @@ def steps(story: Story) -> list[Table]:
         costs += [number(step.get("seconds"), 1), number(step.get("peak_gib"))]
         rows.append([str(step.get("step", "")), str(step.get("kind", "")), layers, ratio, *costs])
     note = "Layers are numbered as they were before the step."
+    if any(step.get("loss") is None for step in story.steps):
+        note += " Where there is no loss, none was measured: on the way to a repair at the end."
     return _tables(Table("Every step", columns, rows, note, heads=3, folded=True))
 
 
