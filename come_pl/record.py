@@ -51,7 +51,7 @@ class Step:
         scores: what the decision was made from, one list a score.
         step: its number, from 1.
         groups: for each student layer after the step, the teacher layers that it stands for.
-        loss: calibration loss after the step, nats a token, on the monitored windows.
+        loss: calibration loss after the step, nats a token, on the monitored windows; None where it was not measured.
         kl: KL(teacher ‖ student) there, nats a token.
         seconds: from the start of the step's calibration pass to the end of its surgery.
         peak_gib: peak memory of the process (or the CUDA device) in that time.

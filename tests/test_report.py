@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from come_pl.report import importance, merge_map, shares
+from come_pl.report import importance, merge_map, shares, tables
 from come_pl.report.layers import _caption
 from come_pl.report.repair import repair_words
 from come_pl.report.story import read_story
@@ -163,6 +163,28 @@ def test_missing_keys(tmp_path: Path, absent: str) -> None:
     assert "10 layers became 6" in picture(merge_map(folder))[1]
     words = picture(importance(folder))[1]
     assert ("no layer scores" in words) == (absent in ("scores", "everything"))
+
+
+def test_steps_that_were_not_measured(tmp_path: Path) -> None:
+    """One point is no curve; the number is told all the same."""
+    steps = synthetic(10, 6)
+    every = write(tmp_path / "every", steps, run_file(10))
+    size, _ = picture(importance(every))
+    told = "none was measured"
+    [table] = tables.steps(read_story(every))
+    assert told not in table.note
+    for step in steps[:-1]:
+        step["loss"] = step["kl"] = None
+    last = write(tmp_path / "last", steps, run_file(10))
+    lower, words = picture(importance(last))
+    assert lower[0] == size[0] and lower[1] < size[1] - 150 and "Calibration loss ends at" in words
+    [table] = tables.steps(read_story(last))
+    assert told in table.note and table.rows[0][4:6] == ["–", "–"] and "–" not in table.rows[-1][4:6]
+    sizes = []
+    for name, found in (("one point", steps), ("a curve", synthetic(10, 6))):
+        bare = [step | {"scores": {}} for step in found]
+        sizes.append(picture(importance(write(tmp_path / name, bare, run_file(10))))[0])
+    assert sizes[0] == sizes[1], "where there is nothing else to see, it is drawn"
 
 
 def test_other_scores_and_empty_runs(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -78,6 +78,6 @@ class CalibrationBatches(LightningModule):
         return self.trainer.world_size if self._trainer is not None else 1
 
 
-def inputs_of(batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+def inputs_of(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
     """What the model gets of a batch: token ids and attention mask."""
     return batch["input_ids"], batch["attention"]

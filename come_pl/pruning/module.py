@@ -56,8 +56,9 @@ class PruningModule(CalibrationStates):
             it are kept on disk. Without it, all are in memory. For cache ram.
         compile: Run decoder layers through torch.compile wherever nothing is read off inside of them. The first pass
             waits for the compiler; results may differ in their last digits.
-        monitor: Number of calibration windows on which loss and KL(teacher || student) are measured after each step;
-            of several processes each has the same share, rounded up.
+        monitor: Number of calibration windows on which loss and KL(teacher || student) are measured after each step,
+            but for those on the way to a repair at the end that no pass follows; of several processes each has the
+            same share, rounded up.
     """
 
     def __init__(

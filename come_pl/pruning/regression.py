@@ -194,8 +194,12 @@ def add_outer(total: Tensor, rows: Tensor) -> None:
 
 
 def mirror(totals: Tensor) -> None:
-    """Makes symmetric matrices (…, width, width) of their upper halves, in place."""
-    totals.copy_(totals.triu() + totals.triu(1).mT)
+    """Makes symmetric matrices (…, width, width) of their upper halves, in place: these can be as large as a layer."""
+    for begin in range(0, totals.shape[-1], BLOCK):
+        end = begin + BLOCK
+        totals[..., end:, begin:end] = totals[..., begin:end, end:].mT
+        square = totals[..., begin:end, begin:end]
+        square.copy_(square.triu() + square.triu(1).mT)
 
 
 def walked(error: Callable[[int], float], begin: int, count: int, stride: int = 1) -> int:

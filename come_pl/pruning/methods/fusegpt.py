@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from come_pl.pruning.batches import inputs_of
 from come_pl.pruning.methods.base import Decision, Method
 from come_pl.pruning.methods.common import check
 from come_pl.pruning.methods.drops import rounded
@@ -101,7 +102,7 @@ class FuseGPT(Method):
         sums = torch.zeros(depth + 1, dtype=torch.float64, device=module.device)
         for index in module.first_batches(self.windows):
             batch = module.batches[index]
-            tokens, mask, final = (batch["input_ids"], batch["attention"]), batch["mask"], module.stream(index, depth)
+            tokens, mask, final = inputs_of(batch), batch["mask"], module.stream(index, depth)
             for layer in range(depth):
                 without = stream_at(student, depth, *tokens, start=layer + 1, hidden=module.stream(index, layer))
                 sums[layer] += (1 - F.cosine_similarity(final.float(), without.float(), dim=-1))[mask].double().sum()

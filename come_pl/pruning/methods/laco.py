@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from come_pl.decoder import Decoder
+from come_pl.pruning.batches import inputs_of
 from come_pl.pruning.methods.base import Decision, Method, NoSite
 from come_pl.pruning.methods.common import check
 from come_pl.pruning.methods.drops import rounded
@@ -116,7 +117,7 @@ class LaCo(Method):
         for index in module.first_batches(self.windows):
             if index not in found:
                 batch = module.batches[index]
-                found[index] = module.teacher.run(batch["input_ids"], batch["attention"]).cpu()
+                found[index] = module.teacher.run(*inputs_of(batch)).cpu()
         return found
 
     @torch.inference_mode()
@@ -130,8 +131,7 @@ class LaCo(Method):
             batch = module.batches[index]
             counted = batch["mask"][..., None]
             final = student.run(
-                batch["input_ids"],
-                batch["attention"],
+                *inputs_of(batch),
                 start=site,
                 hidden=module.stream(index, site) if site else None,
                 swap={site: layer},

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from come_pl.pruning.batches import inputs_of
 from come_pl.pruning.methods.base import Decision, Method
 from come_pl.pruning.methods.common import check
 from come_pl.pruning.methods.drops import rounded
@@ -126,7 +127,7 @@ class MKA(Method):
             real = mask.any(1)
             weight = (mask / mask.sum(1, keepdim=True).clamp(min=1)).unsqueeze(-1)
             with boundaries(module.teacher) as found:
-                module.teacher.run(batch["input_ids"], batch["attention"])
+                module.teacher.run(*inputs_of(batch))
             outputs = (found[layer + 1].float() for layer in range(len(module.teacher)))
             pooled.append(torch.stack([(x.where(mask[..., None], 0) * weight).sum(1)[real].cpu() for x in outputs]))
         samples = torch.cat(_of_all_processes(torch.cat(pooled, 1)), 1)

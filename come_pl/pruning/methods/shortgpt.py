@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from come_pl.pruning.batches import inputs_of
 from come_pl.pruning.methods.base import Decision
 from come_pl.pruning.methods.drops import OneShot, rounded
 from come_pl.pruning.module import PruningModule
@@ -33,7 +34,7 @@ def angular_distances(module: PruningModule, block: int) -> list[float]:
     for batch in module.batches:
         rows, last = torch.arange(len(batch["mask"]), device=module.device), last_token(batch["mask"])
         with torch.inference_mode(), boundaries(module.student) as found:
-            module.student.run(batch["input_ids"], batch["attention"])
+            module.student.run(*inputs_of(batch))
             states = {boundary: stream[rows, last][:, None] for boundary, stream in found.items()}
             statistics.update(states, batch["mask"].any(1, keepdim=True))
     return [rounded(d) for d in statistics.compute()["span_last"].tolist()]

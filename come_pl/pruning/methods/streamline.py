@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from come_pl.offload import copied
+from come_pl.pruning.batches import inputs_of
 from come_pl.pruning.methods.base import Decision, Method
 from come_pl.pruning.methods.common import check
 from come_pl.pruning.methods.drops import rounded
@@ -44,7 +45,7 @@ def cosine_distances(module: PruningModule, span: int) -> list[float]:
     sums = torch.zeros(len(module.student) - span + 2, dtype=torch.float64, device=module.device)
     for batch in module.batches:
         with boundaries(module.student) as found:
-            module.student.run(batch["input_ids"], batch["attention"])
+            module.student.run(*inputs_of(batch))
         units = {boundary: F.normalize(stream[batch["mask"]].float(), dim=-1) for boundary, stream in found.items()}
         for site in range(len(sums) - 1):
             sums[site] += (units[site] - units[site + span]).double().square().sum() / 2  # exact where cos is near 1
@@ -104,8 +105,7 @@ class Streamline(Method):
 
         def lm(index: int) -> tuple[Tensor, Tensor]:
             batch, hidden = usable(module.batches[index]), module.stream(index, first).clone()
-            swapped = {"start": first, "hidden": hidden, "swap": {first: net}, "skip": window[1:]}
-            final = student.run(batch["input_ids"], batch["attention"], **swapped)
+            final = student.run(*inputs_of(batch), start=first, hidden=hidden, swap={first: net}, skip=window[1:])
             losses = token_losses(student, final, batch["input_ids"], batch["mask"])
             return losses.sum(), targets_of(batch["mask"]).sum()
 

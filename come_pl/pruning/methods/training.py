@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from come_pl.decoder import Decoder
+from come_pl.pruning.batches import inputs_of
 from come_pl.taps import stream_from
 
 if TYPE_CHECKING:
@@ -53,8 +54,7 @@ def run_layers(decoder: Decoder, layers: Mapping[int, nn.Module], batch: Mapping
     skip = [i for i in range(first, last) if i not in layers]
     handle = layers[last].register_forward_hook(after)
     try:
-        tokens = (batch["input_ids"], batch["attention"])
-        decoder.run(*tokens, start=first, hidden=hidden, swap=layers, skip=skip, stop=last + 1)
+        decoder.run(*inputs_of(batch), start=first, hidden=hidden, swap=layers, skip=skip, stop=last + 1)
     finally:
         handle.remove()
     return found[0]
