@@ -163,13 +163,15 @@ class Decoder:
     Args:
         model: a `transformers` causal LM of one of `FAMILIES`.
         compiled: `run` its layers through torch.compile where that is possible (`come_pl/compiled.py`).
+        products: what the layers' products are computed in where that is not the dtype of the weights: bfloat16. The
+            stream, norms and logits keep their dtype.
 
     Raises:
         UnsupportedModel: unknown family, or a layer without one of the parts that the family names.
     """
 
-    def __init__(self, model: Any, compiled: bool = False):
-        self.model, self.compiled = model, compiled
+    def __init__(self, model: Any, compiled: bool = False, products: torch.dtype | None = None):
+        self.model, self.compiled, self.products = model, compiled, products
         self.config = model.config.get_text_config(decoder=True)
         self.family = family_of(model.config)
         base = model.get_decoder()
@@ -264,8 +266,15 @@ class Decoder:
 
         `arrangement` is that of `arranged`. No logits, no KV cache.
         """
-        with self.arranged(**arrangement), compiled(self._that_run() if self.compiled else ()):
-            return self.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        with self.arranged(**arrangement), compiled(self._that_run() if self.compiled else ()), self.mixed():
+            found = self.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return found if self.products is None else found.to(self.model.dtype)  # OPT-350m ends with a product
+
+    def mixed(self) -> contextlib.AbstractContextManager:
+        """Within it products are computed in `products`, and sums of them in fp32."""
+        if self.products is None:  # one that a trainer has begun goes on
+            return contextlib.nullcontext()
+        return torch.autocast(self.model.device.type, dtype=self.products)
 
     def _that_run(self) -> list[nn.Module]:
         return [layer for layer in self.layers if not isinstance(layer, _Skip)]
@@ -273,8 +282,9 @@ class Decoder:
     def mlp_channels(self, x: Tensor, inputs: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
         """(…, channels): what an MLP that reads x (…, hidden) with these weights (channels, hidden) and biases gives
         its output projection."""
-        gate, *others = (F.linear(x, weight, bias) for weight, bias in inputs)
-        found = self.part(self.layers[0], self.family.activation)(gate)
+        with self.mixed():
+            gate, *others = (F.linear(x, weight, bias) for weight, bias in inputs)
+            found = self.part(self.layers[0], self.family.activation)(gate)
         for other in others:
             found = found * other
         return found

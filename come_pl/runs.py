@@ -21,7 +21,7 @@ EARLY = {RUN_FILE, "logs", "weights", "checkpoints", "curves.csv", "validation.c
 # what says most about a difference between two runs, first
 TELLING = (
     *("model.path", "student", "teacher", "method.name", "target_layers", "data.source", "data.tokens", "data.seqlen"),
-    *("model.dtype", "refit.parts", "seed"),
+    *("model.dtype", "model.precision", "refit.parts", "seed"),
 )
 
 

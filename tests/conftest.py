@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
+
+os.environ["ATEN_CPU_CAPABILITY"] = "avx2"  # before torch is there: products are in fp32 by default on every machine
 
 import pytest
 import torch

@@ -99,6 +99,39 @@ def with_doubles(accelerator: str) -> str:
     return "cpu" if accelerator == "auto" and apple else accelerator
 
 
+def with_half(precision: str | int | None, accelerator: str) -> str:
+    """Lightning's precision that is meant: without one, bf16-mixed where the device multiplies bfloat16 natively. It is
+    for weights in fp32; others are computed with as they are.
+
+    Raises:
+        ValueError: one that makes other weights of the model, for which there is --model.dtype, or that overflows.
+    """
+    import torch
+
+    if precision is None:
+        if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = accelerator in ("auto", "cpu") and multiplies_bfloat16()
+        return "bf16-mixed" if native else "32-true"
+    known = {"bf16-mixed": "bf16-mixed", "bf16": "bf16-mixed", "32-true": "32-true", "32": "32-true"}
+    if str(precision) not in known:
+        raise ValueError(
+            f"--trainer.precision {precision}: expected 32-true, or bf16-mixed, where products of fp32 weights are "
+            "computed in bfloat16; weights in half precision are --model.dtype bfloat16"
+        )
+    return known[str(precision)]
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor does, and torch uses it (ATEN_CPU_CAPABILITY tells it not to)."""
+    import torch
+
+    widest = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch.cpu; not in every version
+    return widest and any(getattr(torch.cpu, name, bool)() for name in asked)
+
+
 def add_run_arguments(parser: Any) -> None:
     """The options of every command that writes a run folder."""
     parser.add_argument("--seed", type=int, default=0, help="Seed of everything random.")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from come_pl.cli.common import add_run_arguments, check_seed, guarded, normalise, quiet, scan, with_doubles
+from come_pl.cli.common import add_run_arguments, check_seed, guarded, normalise, quiet, scan, with_doubles, with_half
 
 ALIASES = {  # the official toolkit's flags, and short names, by what they are here
     "--method": "--method.name",
@@ -146,6 +146,7 @@ def _prune() -> None:
         def before_instantiate_classes(self) -> None:
             trainer = self.config.trainer
             trainer.accelerator = with_doubles(trainer.accelerator)
+            trainer.precision = with_half(trainer.precision, trainer.accelerator)
             if trainer.strategy == "auto" and str(trainer.devices) != "1" or trainer.strategy == "ddp":
                 trainer.strategy = "pruning_ddp"
 

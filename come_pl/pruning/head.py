@@ -8,6 +8,7 @@ and to the text, up to a constant; of both only the vector y is kept of each tok
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -52,7 +53,8 @@ def targets(module: PruningModule, dense: Tensor, following: Tensor) -> Tensor:
     weight = module.student.model.get_output_embeddings().weight
     found = [weight.new_zeros(0, weight.shape[1], dtype=torch.float32)]
     for part in dense.split(_rows(module.teacher)):
-        found.append(expected(weight, module.teacher.logits(part).float()))
+        with module.teacher.mixed():
+            found.append(expected(weight, module.teacher.logits(part).float()))
     return 0.5 * torch.cat(found) + 0.5 * weight[following].float()
 
 
@@ -134,15 +136,22 @@ def expected(weight: Tensor, logits: Tensor) -> Tensor:
 
 
 def logits_of(
-    module: PruningModule, at: Targets, states: Callable[[slice], Tensor]
+    module: PruningModule, at: Targets, states: Callable[[slice], Tensor], mixed: bool = False
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(rows, their final states (rows, hidden) as `states` gives them, fp32 logits), a few rows at a time."""
+    """(rows, their final states (rows, hidden) as `states` gives them, fp32 logits), a few rows at a time.
+
+    Args:
+        mixed: in the precision of the layers' products, which will do for derivatives. Losses of two changes can be
+            closer to each other than that.
+    """
     head = module.student.model.get_output_embeddings()
     size = _rows(module.student)
     for begin in range(0, len(at), size):
         rows = slice(begin, begin + size)
         h = states(rows)
-        yield rows, h, head(h.to(head.weight.dtype)).float()
+        with module.student.mixed() if mixed else contextlib.nullcontext():
+            logits = head(h.to(head.weight.dtype)).float()
+        yield rows, h, logits
 
 
 def nats(module: PruningModule, at: Targets, states: Callable[[slice], Tensor]) -> Tensor:

@@ -80,6 +80,7 @@ class PruningModule(CalibrationStates):
         self.automatic_optimization = False
         self.path, self.dtype_name, self.cache, self.monitor_windows = path, dtype, cache, monitor
         self.compile_layers = compile
+        self.products: torch.dtype | None = None  # see `Decoder`
         self.offload: Offload = offload
         self.cache_gib = 0.0 if cache == "disk" else math.inf if cache_gib is None else cache_gib
         self.needs: frozenset[str] = frozenset()
@@ -100,7 +101,9 @@ class PruningModule(CalibrationStates):
         files = Scratch(scratch)
         self.teacher_model, self.record = model.requires_grad_(False), record
         self.student_model = records.replay(record, model) if record.steps else share(model)
-        self.teacher, self.student = (Decoder(m, self.compile_layers) for m in (self.teacher_model, self.student_model))
+        self.teacher, self.student = (
+            Decoder(m, self.compile_layers, self.products) for m in (self.teacher_model, self.student_model)
+        )
         self.needs, self.span = frozenset(needs), span
         self.hold()
         self._store, self._retired = Store(files), list[nn.Parameter]()  # of dense layers that nobody needs
@@ -123,7 +126,8 @@ class PruningModule(CalibrationStates):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Runs the student from the lowest changed layer and adds to the statistics. No loss, no gradient."""
-        with torch.inference_mode():
+        # Lightning's autocast is for everything; here it is for the layers alone
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             if len(self.batches) <= batch_idx:
                 # asked once: `all()` waits for the device
                 self.batches.append(batch | {"attention": attention_mask(batch["mask"])})

@@ -187,7 +187,7 @@ def provenance(story: Story) -> list[Table]:
             "status": info.get("status"),
             "dense model": model.get("path"),
             "weights, fingerprint": model.get("fingerprint"),
-            "number format": model.get("dtype"),
+            "number format": ", ".join(filter(None, (model.get("dtype"), model.get("precision")))),
             "method": f"{(info.get('method') or {}).get('name')}" + (f" ({options})" if options else ""),
             "repair": ", ".join(f"{k} = {v}" for k, v in refit.items()) if refit.get("parts") != "none" else "",
             "text": data.get("source"),

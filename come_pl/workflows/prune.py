@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -66,7 +67,9 @@ def prune(
     evaluation = evaluation or EvaluationText()
     name, method_class = find(method)
     config = models.load_config(module.path).get_text_config(decoder=True)
-    models.resolve_dtype(module.dtype_name, accelerated=False)
+    half = torch.bfloat16 if str(trainer.precision) == "bf16-mixed" else None  # for weights in fp32
+    if models.resolve_dtype(module.dtype_name, accelerated=False) != torch.float32:
+        half = None
     last = affordable(Decoder(models.on_meta(config)).geometry, module.offload != "none")
     refit = (refit or Refit("none")).resolved(name, family_of(config), last)
     options = _selecting(dict(options), refit)
@@ -83,6 +86,7 @@ def prune(
         "model": {
             "path": module.path,
             "dtype": module.dtype_name,
+            **({"precision": str(trainer.precision)} if half else {}),
             **({"compile": True} if module.compile_layers else {}),
         },
         "method": {"name": name, **options},
@@ -125,6 +129,7 @@ def prune(
                 f"the weights of {module.path!r} are not those that the run in {str(output)!r} began with; give "
                 "another --output, or --overwrite to replace it"
             )
+        module.products = half if model.dtype == torch.float32 else None
         if main:
             if continue_saving and refit.ends:
                 print("--continue_saving: repairs come at the end; models of depths on the way are saved without them")
@@ -137,6 +142,7 @@ def prune(
                     "layers": layers,
                     "parameters": models.parameter_count(model),
                     "dtype": str(model.dtype).removeprefix("torch."),
+                    **({"precision": str(trainer.precision)} if module.products else {}),
                 },
                 method={"name": name, **options},
                 refit=refit.settings,

@@ -1,0 +1,140 @@
+"""Products of fp32 weights in bfloat16: what is computed in it and what is not, and which runs do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cli import exit_code, is_one_line, records
+from conftest import FAMILIES, save_tiny, tiny_ids, tiny_model, tiny_text
+from safetensors.torch import load_file
+
+from come_pl.cli import common
+from come_pl.cli.prune import prune_main
+from come_pl.decoder import Decoder
+from come_pl.runs import read_run
+from come_pl.taps import boundaries, projection_inputs
+
+HALF = torch.bfloat16
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_products_are_in_bfloat16_and_streams_and_logits_are_not(family: str) -> None:
+    model = tiny_model(family, layers=3)
+    plain, mixed = Decoder(model), Decoder(model, products=HALF)
+    told: list[tuple[str, int, torch.Tensor]] = []
+    products: list[torch.Tensor] = []
+    last = mixed.part(mixed.layers[2], mixed.family.mlp_output)
+    handle = last.register_forward_hook(lambda module, args, output: products.append(output))
+    with torch.inference_mode():
+        with boundaries(mixed) as streams, projection_inputs(mixed, 0, lambda *found: told.append(found)):
+            final = mixed.run(tiny_ids())
+        handle.remove()
+        whole = plain.run(tiny_ids())
+        assert not torch.is_autocast_enabled("cpu"), "only while layers run"
+        assert all(stream.dtype == torch.float32 for stream in streams.values()) and final.dtype == torch.float32
+        assert len(told) == 6 and all(x.dtype == HALF for *_, x in told)
+        bias = None if last.bias is None else last.bias.to(HALF)
+        torch.testing.assert_close(products[0], F.linear(told[-1][2], last.weight.to(HALF), bias), rtol=0, atol=0)
+        difference = float((final - whole).norm() / whole.norm())
+        assert 1e-5 < difference < 0.03
+        assert torch.equal(mixed.logits(whole), plain.logits(whole))
+        torch.testing.assert_close(
+            mixed.run(tiny_ids(), start=2, hidden=streams[2]), final, rtol=0, atol=0, msg="a part is the same"
+        )
+
+
+@pytest.mark.parametrize("products", [None, HALF])
+def test_channels_are_what_the_layer_gives_in_either_precision(products: torch.dtype | None) -> None:
+    decoder = Decoder(tiny_model("llama", layers=2), products=products)
+    told: list[torch.Tensor] = []
+    read: list[torch.Tensor] = []
+    decoder.layers[1].mlp.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    with torch.inference_mode(), projection_inputs(decoder, 1, lambda kind, layer, x: told.append(x)):
+        decoder.run(tiny_ids())
+        inputs = [(decoder.part(decoder.layers[1], path).weight, None) for path in decoder.family.mlp_inputs]
+        assert torch.equal(decoder.mlp_channels(read[0], inputs), told[-1])
+
+
+def _words(tmp_path: Path, *more: object, **sizes: Any) -> list[object]:
+    text = tiny_text(tmp_path / "t.txt")
+    words: list[object] = ["--model.path", save_tiny(tmp_path / "m", layers=5), "--data.calibration", text]
+    words += ["--data.tokens", 512, "--data.seqlen", 16, "--evaluation.data", text, "--evaluation.tokens", 64]
+    return [*words, "--target_layers", 3, "--samples", "false", *more]
+
+
+def test_a_run_in_mixed_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    words = _words(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def run(output: str, *more: object) -> int:
+        return exit_code(prune_main, "prune.py", *words, "--output", output, *more, monkeypatch=monkeypatch)
+
+    mixed = ("--trainer.precision", "bf16-mixed")
+    assert run("plain") == 0 and run("mixed", *mixed) == 0 and run("disk", *mixed, "--cache", "disk") == 0
+    infos = {name: read_run(tmp_path / name) for name in ("plain", "mixed", "disk")}
+    assert infos["mixed"]["model"]["precision"] == "bf16-mixed" and "precision" not in infos["plain"]["model"]
+    assert "float32, bf16-mixed" in (tmp_path / "mixed" / "report.html").read_text()
+    assert records(tmp_path / "mixed") == records(tmp_path / "disk"), "inputs are known, or computed again: the same"
+    weights = {name: load_file(tmp_path / name / "model" / "model.safetensors") for name in infos}
+    assert all(value.dtype == torch.float32 for value in weights["mixed"].values())
+    for name, value in weights["mixed"].items():
+        assert torch.equal(value, weights["disk"][name])
+    assert any(not torch.equal(value, weights["plain"][name]) for name, value in weights["mixed"].items())
+    [before] = {info["perplexity"][str(tmp_path / "t.txt")]["dense"] for info in infos.values()}  # in fp32
+    after = [info["perplexity"][str(tmp_path / "t.txt")]["pruned"] for info in infos.values()]
+    assert infos["mixed"]["groups"] == infos["plain"]["groups"] and after[1] == pytest.approx(after[0], rel=0.02)
+    assert before != after[0]
+
+    capsys.readouterr()
+    assert run("mixed") == 2, "the folder is of a run with other numbers"
+    assert "precision" in capsys.readouterr().err
+
+
+def test_weights_in_half_precision_are_computed_with_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = _words(tmp_path, "--model.dtype", "bfloat16", "--method", "shortgpt", "--output", "run")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "multiplies_bfloat16", lambda: True)
+    assert exit_code(prune_main, "prune.py", *words, monkeypatch=monkeypatch) == 0
+    assert "precision" not in read_run(tmp_path / "run")["model"]
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-true", "64"])
+def test_another_precision_is_refused(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    words = _words(tmp_path, "--trainer.precision", precision, "--output", tmp_path / "run")
+    assert exit_code(prune_main, "prune.py", *words, monkeypatch=monkeypatch) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert precision in said and is_one_line(said, "--model.dtype")
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_one_it_goes_by_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for native, expected in ((True, "bf16-mixed"), (False, "32-true")):
+        monkeypatch.setattr(common, "multiplies_bfloat16", lambda native=native: native)
+        assert common.with_half(None, "auto") == common.with_half(None, "cpu") == expected
+        assert common.with_half("32", "cpu") == common.with_half(32, "auto") == "32-true"
+        assert common.with_half("bf16", "cpu") == "bf16-mixed"
+        assert common.with_half(None, "xpu") == "32-true"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for native, expected in ((True, "bf16-mixed"), (False, "32-true")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        assert common.with_half(None, "auto") == common.with_half(None, "gpu") == expected
+
+
+def test_which_processors_multiply_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not common.multiplies_bfloat16(), "ATEN_CPU_CAPABILITY says so in these tests"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    for dot, tiles in ((False, False), (True, False), (False, True)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda dot=dot: dot)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles)
+        assert common.multiplies_bfloat16() == (dot or tiles)
