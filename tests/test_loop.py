@@ -54,11 +54,13 @@ def prune(
     trainer: dict[str, Any] | None = None,
     after_step: Any = None,
     refit: Refit | None = None,
+    products: torch.dtype | None = None,
     **options: Any,
 ) -> PruningModule:
     method = method or CoMe()
     model = tiny_model(layers=LAYERS) if model is None else model
     module = PruningModule(**options)
+    module.products = products
     tmp_path.mkdir(exist_ok=True)
     record = record or Record(LAYERS, tmp_path / "record.jsonl")
     module.attach(model, record, needs=method.needs, span=method.span)

@@ -11,10 +11,13 @@ import torch.nn.functional as F
 from cli import exit_code, is_one_line, records
 from conftest import FAMILIES, save_tiny, tiny_ids, tiny_model, tiny_text
 from safetensors.torch import load_file
+from test_loop import lines, prune
 
 from come_pl.cli import common
 from come_pl.cli.prune import prune_main
 from come_pl.decoder import Decoder
+from come_pl.pruning.methods import METHODS
+from come_pl.pruning.refit import Refit
 from come_pl.runs import read_run
 from come_pl.taps import boundaries, projection_inputs
 
@@ -57,6 +60,20 @@ def test_channels_are_what_the_layer_gives_in_either_precision(products: torch.d
         decoder.run(tiny_ids())
         inputs = [(decoder.part(decoder.layers[1], path).weight, None) for path in decoder.family.mlp_inputs]
         assert torch.equal(decoder.mlp_channels(read[0], inputs), told[-1])
+
+
+@pytest.mark.parametrize("method", ["shortest_path", "come", "sleb", "taylor", "streamline"])
+def test_methods_and_the_same_with_a_trainer_that_autocasts(method: str, tmp_path: Path) -> None:
+    repaired = {"shortest_path": Refit("all", when="end"), "come": Refit("down", when="step")}.get(method)
+    found = [
+        prune(tmp_path / name, method=METHODS[method](), refit=repaired, products=HALF, trainer=settings)
+        for name, settings in (("alone", {}), ("within", {"precision": "bf16-mixed"}))
+    ]
+    for module in found:
+        assert len(module.student) == 3 and module.student is not module.teacher
+        assert all(value.dtype == torch.float32 for value in module.student_model.parameters())
+        assert all(bool(value.isfinite().all()) for value in module.student_model.parameters())
+    assert lines(found[0]) == lines(found[1])
 
 
 def _words(tmp_path: Path, *more: object, **sizes: Any) -> list[object]:
