@@ -12,12 +12,15 @@ from cli import exit_code, is_one_line, records
 from conftest import FAMILIES, save_tiny, tiny_ids, tiny_model, tiny_text
 from safetensors.torch import load_file
 from test_loop import lines, prune
+from test_refit import ready
 
 from come_pl.cli import common
 from come_pl.cli.prune import prune_main
 from come_pl.decoder import Decoder
+from come_pl.pruning import final_norm, last_layers
 from come_pl.pruning.methods import METHODS
 from come_pl.pruning.refit import Refit
+from come_pl.record import Step
 from come_pl.runs import read_run
 from come_pl.taps import boundaries, projection_inputs
 
@@ -48,6 +51,39 @@ def test_products_are_in_bfloat16_and_streams_and_logits_are_not(family: str) ->
         torch.testing.assert_close(
             mixed.run(tiny_ids(), start=2, hidden=streams[2]), final, rtol=0, atol=0, msg="a part is the same"
         )
+
+
+def test_a_trainers_own_autocast_goes_on() -> None:
+    model = tiny_model("llama", layers=2)
+    with torch.inference_mode():
+        with torch.autocast("cpu", dtype=HALF):
+            within = Decoder(model).run(tiny_ids())
+        assert torch.equal(within, Decoder(model, products=HALF).run(tiny_ids()))
+
+
+def test_at_the_head_derivatives_are_mixed_and_losses_are_not() -> None:
+    module, _, _ = ready("llama", Step("drop", [2]))
+    module.student_model.requires_grad_(False)
+    plain = last_layers._Last(module, 2)
+    seen, unseen = last_layers._windows(module, 4, 10**6, plain.lowest)
+    nothing = torch.zeros(sum(plain.sizes))
+    expected = plain.derivatives(seen, nothing, True)
+    loss = plain.loss(unseen, nothing)
+    module.student.products = module.teacher.products = HALF
+    told: list[torch.dtype] = []
+    module.student_model.lm_head.register_forward_hook(lambda m, args, output: told.append(output.dtype))
+    mixed = plain.derivatives(seen, nothing, True)
+    assert set(told) == {HALF}
+    told.clear()
+    assert plain.loss(unseen, nothing) == pytest.approx(loss, rel=1e-3) and set(told) == {torch.float32}
+    told.clear()
+    final_norm._loss(module, final_norm._positions(module, 4, 10**6)[1], torch.ones(module.student.geometry.hidden))
+    assert told[-1] == torch.float32, "the first are those of the dense model's targets"
+    for name, each in mixed.items():
+        for field, value in vars(expected[name]).items():
+            got = getattr(each, field)
+            assert got.dtype == torch.float64
+            assert 1e-5 < float((got - value).norm() / value.norm()) < 0.05, (name, field)
 
 
 @pytest.mark.parametrize("products", [None, HALF])
@@ -86,7 +122,7 @@ def _words(tmp_path: Path, *more: object, **sizes: Any) -> list[object]:
 def test_a_run_in_mixed_precision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    words = _words(tmp_path)
+    words = _words(tmp_path, "--refit_last", 1)
     monkeypatch.chdir(tmp_path)
 
     def run(output: str, *more: object) -> int:
@@ -94,14 +130,16 @@ def test_a_run_in_mixed_precision(
 
     mixed = ("--trainer.precision", "bf16-mixed")
     assert run("plain") == 0 and run("mixed", *mixed) == 0 and run("disk", *mixed, "--cache", "disk") == 0
-    infos = {name: read_run(tmp_path / name) for name in ("plain", "mixed", "disk")}
+    assert run("streamed", *mixed, "--offload", "disk") == 0
+    infos = {name: read_run(tmp_path / name) for name in ("plain", "mixed", "disk", "streamed")}
     assert infos["mixed"]["model"]["precision"] == "bf16-mixed" and "precision" not in infos["plain"]["model"]
     assert "float32, bf16-mixed" in (tmp_path / "mixed" / "report.html").read_text()
-    assert records(tmp_path / "mixed") == records(tmp_path / "disk"), "inputs are known, or computed again: the same"
+    for name in ("disk", "streamed"):  # inputs are known, or computed again; weights are there, or read for a product
+        assert records(tmp_path / name) == records(tmp_path / "mixed"), name
     weights = {name: load_file(tmp_path / name / "model" / "model.safetensors") for name in infos}
     assert all(value.dtype == torch.float32 for value in weights["mixed"].values())
     for name, value in weights["mixed"].items():
-        assert torch.equal(value, weights["disk"][name])
+        assert torch.equal(value, weights["disk"][name]) and torch.equal(value, weights["streamed"][name])
     assert any(not torch.equal(value, weights["plain"][name]) for name, value in weights["mixed"].items())
     [before] = {info["perplexity"][str(tmp_path / "t.txt")]["dense"] for info in infos.values()}  # in fp32
     after = [info["perplexity"][str(tmp_path / "t.txt")]["pruned"] for info in infos.values()]
