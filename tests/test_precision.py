@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from test_loop import lines, prune
 from test_refit import ready
 
+from come_pl import models
 from come_pl.cli import common
 from come_pl.cli.prune import prune_main
 from come_pl.decoder import Decoder
@@ -22,7 +23,7 @@ from come_pl.pruning.methods import METHODS
 from come_pl.pruning.refit import Refit
 from come_pl.record import Step
 from come_pl.runs import read_run
-from come_pl.taps import boundaries, projection_inputs
+from come_pl.taps import LayerStatistics, boundaries, projection_inputs
 
 HALF = torch.bfloat16
 
@@ -112,6 +113,21 @@ def test_methods_and_the_same_with_a_trainer_that_autocasts(method: str, tmp_pat
     assert lines(found[0]) == lines(found[1])
 
 
+def test_statistics_are_collected_outside_of_a_trainers_autocast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    within: list[bool] = []
+    update = LayerStatistics.update
+
+    def seen(self: LayerStatistics, *args: Any) -> None:
+        within.append(torch.is_autocast_enabled("cpu"))
+        update(self, *args)
+
+    monkeypatch.setattr(LayerStatistics, "update", seen)
+    prune(tmp_path, method=METHODS["shortgpt"](), trainer={"precision": "bf16-mixed"})
+    assert within and not any(within)
+
+
 def _words(tmp_path: Path, *more: object, **sizes: Any) -> list[object]:
     text = tiny_text(tmp_path / "t.txt")
     words: list[object] = ["--model.path", save_tiny(tmp_path / "m", layers=5), "--data.calibration", text]
@@ -151,12 +167,18 @@ def test_a_run_in_mixed_precision(
     assert "precision" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given", [True, False])
 def test_weights_in_half_precision_are_computed_with_as_they_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = _words(tmp_path, "--model.dtype", "bfloat16", "--method", "shortgpt", "--output", "run")
+    words = _words(tmp_path, "--method", "shortgpt", "--output", "run")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "multiplies_bfloat16", lambda: True)
+    if given:
+        words += ["--model.dtype", "bfloat16"]
+    else:  # what auto is on an accelerator, with a checkpoint in bfloat16
+        load = models.load_model
+        monkeypatch.setattr(models, "load_model", lambda *args: load(*args).to(HALF))
     assert exit_code(prune_main, "prune.py", *words, monkeypatch=monkeypatch) == 0
     assert "precision" not in read_run(tmp_path / "run")["model"]
 
