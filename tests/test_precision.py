@@ -128,7 +128,7 @@ def test_statistics_are_collected_outside_of_a_trainers_autocast(
     assert within and not any(within)
 
 
-def _words(tmp_path: Path, *more: object, **sizes: Any) -> list[object]:
+def _words(tmp_path: Path, *more: object) -> list[object]:
     text = tiny_text(tmp_path / "t.txt")
     words: list[object] = ["--model.path", save_tiny(tmp_path / "m", layers=5), "--data.calibration", text]
     words += ["--data.tokens", 512, "--data.seqlen", 16, "--evaluation.data", text, "--evaluation.tokens", 64]

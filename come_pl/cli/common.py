@@ -114,13 +114,13 @@ def with_half(precision: str | int | None, accelerator: str) -> str:
         else:
             native = accelerator in ("auto", "cpu") and multiplies_bfloat16()
         return "bf16-mixed" if native else "32-true"
-    known = {"bf16-mixed": "bf16-mixed", "bf16": "bf16-mixed", "32-true": "32-true", "32": "32-true"}
-    if str(precision) not in known:
+    found = {"bf16": "bf16-mixed", "32": "32-true"}.get(str(precision), str(precision))
+    if found not in ("bf16-mixed", "32-true"):
         raise ValueError(
             f"--trainer.precision {precision}: expected 32-true, or bf16-mixed, where products of fp32 weights are "
             "computed in bfloat16; weights in half precision are --model.dtype bfloat16"
         )
-    return known[str(precision)]
+    return found
 
 
 def multiplies_bfloat16() -> bool:

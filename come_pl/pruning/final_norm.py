@@ -144,9 +144,8 @@ def _derivatives(module: PruningModule, at: Positions, factor: Tensor) -> tuple[
     """(gradient (hidden,), F (hidden, hidden)), means over the tokens, fp64."""
     u, weight, width = at.u, module.student.model.get_output_embeddings().weight, len(factor)
     sums = torch.zeros(width + 1, width, dtype=torch.float64, device=factor.device)
-    for rows, _, logits in head.logits_of(module, at, _states(module, at, factor), mixed=True):
-        with module.student.mixed():
-            expected = head.expected(weight, logits)
+    for rows, states in head.parts(module, at, _states(module, at, factor)):
+        expected = head.expected_by(module.student, states, weight)
         sums[0] += (u[rows] * (expected - at.y[rows])).sum(0, dtype=torch.float64)
         own = u[rows] * (expected - weight[at.following[rows]].float())
         sums[1:] += own.T @ own

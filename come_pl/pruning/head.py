@@ -8,7 +8,6 @@ and to the text, up to a constant; of both only the vector y is kept of each tok
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -52,9 +51,7 @@ def targets(module: PruningModule, dense: Tensor, following: Tensor) -> Tensor:
     tokens (tokens,)."""
     weight = module.student.model.get_output_embeddings().weight
     found = [weight.new_zeros(0, weight.shape[1], dtype=torch.float32)]
-    for part in dense.split(_rows(module.teacher)):
-        with module.teacher.mixed():
-            found.append(expected(weight, module.teacher.logits(part).float()))
+    found += [expected_by(module.teacher, part, weight) for part in dense.split(_rows(module.teacher))]
     return 0.5 * torch.cat(found) + 0.5 * weight[following].float()
 
 
@@ -135,29 +132,26 @@ def expected(weight: Tensor, logits: Tensor) -> Tensor:
     return (logits.softmax(-1).to(weight.dtype) @ weight).float()
 
 
-def logits_of(
-    module: PruningModule, at: Targets, states: Callable[[slice], Tensor], mixed: bool = False
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(rows, their final states (rows, hidden) as `states` gives them, fp32 logits), a few rows at a time.
+def expected_by(decoder: Decoder, states: Tensor, weight: Tensor) -> Tensor:
+    """That of what a decoder makes of final states (tokens, hidden). In the precision of its layers' products, which is
+    enough for derivatives; losses of two changes can be closer to each other than that."""
+    with decoder.mixed():
+        return expected(weight, decoder.logits(states.to(weight.dtype)).float())
 
-    Args:
-        mixed: in the precision of the layers' products, which will do for derivatives. Losses of two changes can be
-            closer to each other than that.
-    """
-    head = module.student.model.get_output_embeddings()
+
+def parts(module: PruningModule, at: Targets, states: Callable[[slice], Tensor]) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their final states (rows, hidden) as `states` gives them), so few rows that their logits fit."""
     size = _rows(module.student)
     for begin in range(0, len(at), size):
         rows = slice(begin, begin + size)
-        h = states(rows)
-        with module.student.mixed() if mixed else contextlib.nullcontext():
-            logits = head(h.to(head.weight.dtype)).float()
-        yield rows, h, logits
+        yield rows, states(rows)
 
 
 def nats(module: PruningModule, at: Targets, states: Callable[[slice], Tensor]) -> Tensor:
     """Sum over the tokens (one number, fp64), up to a constant, of final states."""
-    total = torch.zeros((), dtype=torch.float64, device=module.device)
-    for rows, h, logits in logits_of(module, at, states):
+    student, total = module.student, torch.zeros((), dtype=torch.float64, device=module.device)
+    for rows, h in parts(module, at, states):
+        logits = student.logits(h.to(student.model.dtype)).float()
         total += (logits.logsumexp(-1) - (at.y[rows] * h).sum(-1)).sum(dtype=torch.float64)
     return total
 

@@ -295,9 +295,8 @@ class _Last:
         with torch.enable_grad():
             normed = norm(state)
         with torch.no_grad():
-            parts = head.logits_of(self.module, window.at, normed.detach().__getitem__, mixed=True)
-            with self.student.mixed():
-                expected = torch.cat([head.expected(weight, logits) for *_, logits in parts])
+            parts = head.parts(self.module, window.at, normed.detach().__getitem__)
+            expected = torch.cat([head.expected_by(self.student, states, weight) for _, states in parts])
         found = []
         for wanted in (window.at.y, weight[window.at.following].float())[: 1 + factors]:
             [slope] = torch.autograd.grad(normed, state, (expected - wanted).to(normed.dtype), retain_graph=True)

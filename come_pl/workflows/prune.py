@@ -67,9 +67,10 @@ def prune(
     evaluation = evaluation or EvaluationText()
     name, method_class = find(method)
     config = models.load_config(module.path).get_text_config(decoder=True)
-    half = torch.bfloat16 if str(trainer.precision) == "bf16-mixed" else None  # for weights in fp32
-    if models.resolve_dtype(module.dtype_name, accelerated=False) != torch.float32:
-        half = None
+    # for weights in fp32; on an accelerator `auto` is known with the model
+    mixed = models.resolve_dtype(module.dtype_name, accelerated=False) == torch.float32 and (
+        str(trainer.precision) == "bf16-mixed"
+    )
     last = affordable(Decoder(models.on_meta(config)).geometry, module.offload != "none")
     refit = (refit or Refit("none")).resolved(name, family_of(config), last)
     options = _selecting(dict(options), refit)
@@ -86,7 +87,7 @@ def prune(
         "model": {
             "path": module.path,
             "dtype": module.dtype_name,
-            **({"precision": str(trainer.precision)} if half else {}),
+            **({"precision": "bf16-mixed"} if mixed else {}),
             **({"compile": True} if module.compile_layers else {}),
         },
         "method": {"name": name, **options},
@@ -129,7 +130,7 @@ def prune(
                 f"the weights of {module.path!r} are not those that the run in {str(output)!r} began with; give "
                 "another --output, or --overwrite to replace it"
             )
-        module.products = half if model.dtype == torch.float32 else None
+        module.products = torch.bfloat16 if mixed and model.dtype == torch.float32 else None
         if main:
             if continue_saving and refit.ends:
                 print("--continue_saving: repairs come at the end; models of depths on the way are saved without them")
@@ -142,7 +143,7 @@ def prune(
                     "layers": layers,
                     "parameters": models.parameter_count(model),
                     "dtype": str(model.dtype).removeprefix("torch."),
-                    **({"precision": str(trainer.precision)} if module.products else {}),
+                    **({"precision": "bf16-mixed"} if module.products else {}),
                 },
                 method={"name": name, **options},
                 refit=refit.settings,
