@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from come_pl.data import CalibrationData
 from come_pl.decoder import Decoder
+from come_pl.pruning.methods import shortest_path
 from come_pl.pruning.methods.base import NoSite
 from come_pl.pruning.methods.shortest_path import EVERY, BridgedModel, ShortestPath, shortest_paths
 from come_pl.pruning.module import NotFinite, PruningModule
@@ -126,6 +127,22 @@ def test_what_gaps_have_in_common_changes_no_divergence(family: str) -> None:
         model = BridgedModel(module, 1, 3)
         found.append({tuple(gaps): model.divergence(gaps) for gaps in order})
     assert all(other == found[0] for other in found[1:]) and len(set(found[0].values())) == len(sets)
+
+
+def test_what_a_layer_gives_is_kept_as_far_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest goes first; that of one layer is kept, whatever its size."""
+    run, told = shortest_path.projection_input, []
+    monkeypatch.setattr(shortest_path, "projection_input", lambda *a: told.append(a[1] + 1) or run(*a))
+    gaps, found = [(2, 3), (3, 4), (2, 4), (4, 5), (3, 5), (2, 5)], []
+    for room, expected in ((3.0, [2, 3, 4]), (2.0, [2, 3, 4, 2]), (0.0, [2, 3, 2, 4, 3, 2])):
+        told.clear()
+        module = measured(tiny_model("llama", layers=LAYERS, seed=5), ShortestPath(windows=1, bridge=3))
+        model = BridgedModel(module, 1, 3)
+        one = 8 * 2 * module.student.geometry.ffn**2 + 4 * IDS.numel() * module.student.geometry.ffn
+        monkeypatch.setattr(shortest_path, "KEPT", room * one)
+        found.append([model.divergence([gap]) for gap in gaps])
+        assert told == [first for first in expected for _ in model.looks]
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "opt"])

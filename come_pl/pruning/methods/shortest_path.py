@@ -8,7 +8,7 @@ layer below gives as much of what is missing as its output projection can, as a 
 
 h_a is the stream before the gap, T_a the dense one there, T_b the dense one after it, x the input of `down_proj` in
 layer a − 1; Δ is solved on windows of its own and stays nowhere. All gaps that begin at a have the same x and w, so
-that Σ w x xᵀ is summed once for those that are measured one after the other.
+that x and Σ w x xᵀ are computed once for all of them, as far as `KEPT` holds them.
 
 1.  Costs add up nearly, as far as gaps are apart. For each number of gaps, up to `gaps`, the set with the least sum is
     a shortest path through the boundaries 0 … L whose edges are kept layers (free) and gaps, found by dynamic
@@ -57,21 +57,25 @@ EVERY = 4  # positions of a window whose logits are looked at: the head is dear,
 MASSIVE = 100.0  # mean square of a token's stream, in units of the window's median, from which it is massive
 BRIDGE = 16  # windows that Δ is solved on
 STRENGTH = 0.3  # λ: what the search of a repair finds for some thousand tokens; to choose layers that will do
+KEPT = 2 * 2**30  # bytes of x and Σ w x xᵀ that are kept; those of one layer are, whatever their size
 OPTIMISM = 0.9  # what a gap is taken to cost before it is measured, in units of its layers one by one
 
 
 @dataclass
 class Below:
-    """What the layer below gaps that begin at `first` gives in the dense model.
+    """What the layer below gaps that begin at one layer has in the dense model.
 
     Attributes:
-        both: of each window: (the stream after the layer, the input of its down_proj).
+        x: the input of its down_proj, of each window (windows, seq, ffn).
         a: Σ w x xᵀ (folds, ffn, ffn).
     """
 
-    first: int
-    both: list[tuple[Tensor, Tensor]]
+    x: list[Tensor]
     a: Tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(value.nbytes for value in (*self.x, self.a))
 
 
 def _every(values: Tensor) -> Tensor:
@@ -109,7 +113,7 @@ class BridgedModel:
             self.told = [head.Divergence(module.student, _every(final).flatten(0, 1)) for final in self.final]
         self.massive = [self._massive(look) for look in self.looks]
         self._known: dict[tuple[Gap, ...], float] = {}
-        self._below: Below | None = None
+        self._below: dict[int, Below] = {}  # by where gaps begin
 
     def _dense(self, look: Look, boundary: int) -> Tensor:
         return self.module.stream(look[0], boundary)[look[1]]
@@ -184,7 +188,10 @@ class BridgedModel:
         found = []
         for place, look in enumerate(self.looks):
             hidden = None if streams is None else streams[place]
-            out, x = self._layer(look, first, hidden) if below is None else below.both[place]
+            if below is None:
+                out, x = self._layer(look, first, hidden)
+            else:
+                out, x = self._dense(look, first), below.x[place]
             if look in self.solved:
                 self._add(equations, look, first, x, self._dense(look, end).float() - out.float())
             # an x is wide, and wanted no more once it is added up
@@ -213,15 +220,24 @@ class BridgedModel:
         """What all gaps that begin there have in common; None where there is no memory for it."""
         if not self.module.in_memory:
             return None
-        if self._below is None or self._below.first != first:
-            self._below, geometry = None, self.module.student.geometry
-            both = [self._layer(look, first, None) for look in self.looks]
+        if first not in self._below:
+            self._make_room()
+            geometry = self.module.student.geometry
+            inputs = [self._layer(look, first, None)[1] for look in self.looks]
             equations = NormalEquations(geometry.ffn, 0, 2, False, self.module.device)
-            for look, (_, x) in zip(self.looks, both, strict=True):
+            for look, x in zip(self.looks, inputs, strict=True):
                 if look in self.solved:
                     self._add(equations, look, first, x, x[..., :0].float())
-            self._below = Below(first, both, equations.summed(self.module.sum).a)
-        return self._below
+            self._below[first] = Below(inputs, equations.summed(self.module.sum).a)
+        return self._below[first]
+
+    def _make_room(self) -> None:
+        """For one more, as large as each of them: the oldest go."""
+        while self._below:
+            oldest, below = next(iter(self._below.items()))
+            if (len(self._below) + 1) * below.bytes <= KEPT:
+                break
+            del self._below[oldest]
 
 
 def shortest_paths(depth: int, remove: int, most: int, cost: Callable[[Gap], float]) -> dict[int, list[Gap]]:
