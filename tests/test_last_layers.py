@@ -104,7 +104,7 @@ def test_loss_and_derivatives_are_those_of_whole_models(family: str, layers: int
     found = last.derivatives(parts[False], change, True)
     names = names_of(module, layers)
     again = last.derivatives(parts[False], change, False)
-    assert list(found) == list(again) == names and all(each.a is each.g is None for each in again.values())
+    assert list(found) == list(again) == names and all(each.curvature is None for each in again.values())
     for name, each in again.items():
         torch.testing.assert_close(each.gradient, found[name].gradient)
     assert last.loss(parts[True], 0 * change) != losses[True]
@@ -123,8 +123,7 @@ def test_loss_and_derivatives_are_those_of_whole_models(family: str, layers: int
     factors = whole_factors(module, last.lowest, names)
     for name, gradient in zip(names, gradients, strict=True):
         torch.testing.assert_close(found[name].gradient.float(), gradient, rtol=1e-3, atol=1e-5)
-        for got, expected in zip((found[name].g, found[name].a), factors[name], strict=True):
-            assert got is not None
+        for got, expected in zip(found[name].sums[1:], factors[name], strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
 
@@ -140,20 +139,21 @@ def test_a_step_is_newton_s_with_curvature_in_factors() -> None:
     for name, part in last.parts.items():
         rows, columns = part.weight.shape
         gradient = torch.randn(rows, columns, generator=draw, dtype=torch.float64)
-        found[name] = last_layers.Derivatives(gradient, positive(rows), positive(columns))
+        found[name] = last_layers.Derivatives(gradient, (positive(rows), positive(columns)))
     factors: dict[str, Any] = {}
     step = last.step(dict(found), factors)
-    again = {name: last_layers.Derivatives(each.gradient, None, None) for name, each in found.items()}
+    again = {name: last_layers.Derivatives(each.gradient, None) for name, each in found.items()}
     for strength in (0.1, 30.0):
         taken = last.split(step(strength))
         for name, each in found.items():
-            assert each.a is not None
-            mean = each.g.diagonal().mean() * each.a.diagonal().mean()
-            damped = torch.kron(each.g, each.a) + strength * mean * torch.eye(each.gradient.numel())
+            assert each.curvature is not None
+            g, a = each.curvature
+            mean = g.diagonal().mean() * a.diagonal().mean()
+            damped = torch.kron(g, a) + strength * mean * torch.eye(each.gradient.numel())
             expected = torch.linalg.solve(damped, each.gradient.flatten()).view(each.gradient.shape)
             torch.testing.assert_close(taken[name], expected)
         torch.testing.assert_close(last.step(dict(again), factors)(strength), step(strength))
-    found[name].g *= math.nan
+    found[name].sums[1].mul_(math.nan)
     assert not bool(last.step(found, factors)(1.0).isfinite().any()), "an eigenproblem would fail"
 
 

@@ -27,7 +27,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -160,11 +160,14 @@ def _windows(module: PruningModule, folds: int, tokens: float, lowest: int) -> t
 
 @dataclass
 class Derivatives:
-    """Means over tokens, fp64, of one projection: gradient (out, in), and G (out, out) and A (in, in), or none."""
+    """Means over tokens, fp64, of one projection: gradient (out, in), and G (out, out) and A (in, in), or neither."""
 
     gradient: Tensor
-    g: Tensor | None
-    a: Tensor | None
+    curvature: tuple[Tensor, Tensor] | None
+
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        return (self.gradient, *(self.curvature or ()))
 
 
 @dataclass
@@ -256,12 +259,10 @@ class _Last:
                 self._add(window, sums, factors)
         tokens = float(self.module.sum(torch.tensor(float(sum(len(window.at) for window in windows)))))
         for total in sums.values():
-            for square in (total.g, total.a):
-                if square is not None:
-                    mirror(square)
-            for field, value in vars(total).items():
-                if value is not None:
-                    setattr(total, field, self.module.sum(value).to(value.device) / tokens)
+            for square in total.curvature or ():
+                mirror(square)
+            for value in total.sums:
+                value.copy_(self.module.sum(value)).div_(tokens)
         return sums
 
     def _add(self, window: Window, sums: dict[str, Derivatives], factors: bool) -> None:
@@ -283,9 +284,9 @@ class _Last:
             for name, (x, slope, *own) in found.items():
                 total = sums[name]
                 total.gradient += (slope.T @ x).double()
-                if total.g is not None and total.a is not None:
-                    add_outer(total.g, own[0] * window.size)
-                    add_outer(total.a, x / window.size)
+                if total.curvature:
+                    add_outer(total.curvature[0], own[0] * window.size)
+                    add_outer(total.curvature[1], x / window.size)
 
     def _slopes(self, window: Window, stream: Tensor, factors: bool) -> list[Tensor]:
         """Of the loss and, with `factors`, of the nats of the next tokens, at the stream after the last layer
@@ -349,13 +350,13 @@ class _Last:
             found: of each projection; taken out one by one, so that no more is in memory than before.
             factors: of G and A of each projection; filled where `found` has them.
         """
-        if not all(bool(v.isfinite().all()) for d in found.values() for v in vars(d).values() if v is not None):
+        if not all(bool(value.isfinite().all()) for each in found.values() for value in each.sums):
             return lambda strength: torch.full((sum(self.sizes),), math.inf)
         turned: list[tuple[Tensor, Factors, Factors]] = []
         for name in list(found):
             each = found.pop(name)
-            if each.g is not None and each.a is not None:
-                factors[name] = tuple(torch.linalg.eigh(each.g)), tuple(torch.linalg.eigh(each.a))
+            if each.curvature:
+                factors[name] = tuple(torch.linalg.eigh(each.curvature[0])), tuple(torch.linalg.eigh(each.curvature[1]))
             g, a = factors[name]
             turned.append((g[1].T @ each.gradient @ a[1], g, a))
 
@@ -370,7 +371,8 @@ class _Last:
 
 
 def _zeros(part: nn.Linear, factors: bool) -> Derivatives:
+    def zeros(height: int, width: int) -> Tensor:
+        return torch.zeros(height, width, dtype=torch.float64, device=part.weight.device)
+
     rows, columns = part.weight.shape
-    options: dict[str, Any] = {"dtype": torch.float64, "device": part.weight.device}
-    g, a = (torch.zeros(width, width, **options) if factors else None for width in (rows, columns))
-    return Derivatives(torch.zeros(rows, columns, **options), g, a)
+    return Derivatives(zeros(rows, columns), (zeros(rows, rows), zeros(columns, columns)) if factors else None)
