@@ -8,11 +8,17 @@ import json
 import os
 import shutil
 import sys
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from come_pl.record import versions, write_atomically
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps a second command out
+    fcntl = None  # type: ignore[assignment]
 
 RUN_FILE = "run.json"
 FRUITS = ("record.jsonl", "checkpoints/*", "model*")  # what a run has from its first finished step on
@@ -44,7 +50,7 @@ class Run:
     """A run folder. `info` is what `run.json` holds.
 
     Within `with run:` a run that fails before its first finished step gives its folder free, and puts the run back that
-    it was to replace.
+    it was to replace. No other command gets the folder until then, or until this is forgotten.
 
     Args:
         folder: made if it is not there.
@@ -54,7 +60,7 @@ class Run:
         reads: (option, path) of all that the run reads; none of it may be in the folder. Names that are no path pass.
 
     Raises:
-        RunError: the folder holds something else or what is to be read, or cannot be written.
+        RunError: the folder holds something else or what is to be read, cannot be written, or is being written.
     """
 
     def __init__(
@@ -72,15 +78,20 @@ class Run:
         identity = json.loads(json.dumps(identity, default=str))  # as it will be read back
         for option, path in reads:
             self._keep_apart(option, path)
-        self.settle()  # what a kill left
+        self._claim = _Claim()
+        self._take()
         try:
+            self.settle()  # what a kill left
             if main and overwrite and (folder / RUN_FILE).is_file():
                 self._place.rename(self._aside)
             self._check(identity)
-        except OSError as error:
-            raise self._unwritable(error) from None
-        except RunError:
-            self.settle()
+            self._take()  # it may be another folder now
+        except (OSError, RunError) as error:
+            with contextlib.suppress(OSError):
+                self.settle()
+            self._claim.free()
+            if isinstance(error, OSError):
+                raise self._unwritable(error) from None
             raise
         self.resumed = (folder / RUN_FILE).is_file()
         self.info: dict[str, Any] = {"status": "running", "identity": identity}
@@ -98,6 +109,7 @@ class Run:
             if isinstance(error, Exception) and not _fruitful(self._place):
                 self.update(status="failed")
             self.settle()
+        self._claim.free()
 
     def settle(self) -> None:
         """Keep one of the run and the one that it is to replace: the new one if it has finished a step, or the old."""
@@ -111,6 +123,13 @@ class Run:
         else:
             (self._aside / RUN_FILE).unlink(missing_ok=True)  # first: what a kill leaves of it is not put back
             shutil.rmtree(self._aside, ignore_errors=True)
+
+    def _take(self) -> None:
+        if self.main and not self._claim.take(self._place):
+            raise RunError(
+                f"output folder {str(self.folder)!r} is being written by another command; wait for it to end, or give "
+                "another --output"
+            )
 
     def _keep_apart(self, option: str, path: str) -> None:
         read = Path(path).expanduser()
@@ -178,6 +197,39 @@ class Run:
             partial.unlink(missing_ok=True)
             partial.symlink_to(self.folder.name, target_is_directory=True)
             os.replace(partial, link)
+
+
+class _Claim:
+    """On folders, against other commands. The system takes it back however a process ends, and nothing is left of it;
+    where a file system knows no locks it does nothing."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, weakref.finalize] = {}  # by the folder's number: one that is renamed is the same
+
+    def take(self, folder: Path) -> bool:
+        """Whether the folder is not another's; one that is not there is nobody's."""
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except OSError:
+            return True
+        number = os.fstat(descriptor).st_ino
+        if number not in self._held:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                return False
+            except (OSError, AttributeError):
+                pass
+            self._held[number] = weakref.finalize(self, os.close, descriptor)
+        else:
+            os.close(descriptor)
+        return True
+
+    def free(self) -> None:
+        for close in self._held.values():
+            close()
+        self._held.clear()
 
 
 def _fruitful(folder: Path) -> bool:

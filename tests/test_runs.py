@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from come_pl.runs import Run, RunError, read_run
+
+PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
 
 
 @pytest.fixture
@@ -116,6 +121,39 @@ def test_overwrite_through_a_link(old: Path) -> None:
     assert is_old(old) and link.is_symlink() and alone(old)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+def test_no_other_command_gets_a_folder_that_is_being_written(tmp_path: Path, overwrite: bool, before: bool) -> None:
+    """Nor while a run that is to be replaced is set aside; once it has ended, however it has, one does."""
+    folder = tmp_path / "run"
+    if before:
+        Run(folder, {"seed": 1}).update(perplexity={})
+    (tmp_path / "latest").symlink_to("run", target_is_directory=True)
+    with Run(folder, {"seed": 2}, overwrite=before):
+        there = {p.name: p.read_bytes() for p in folder.iterdir()}
+        for way in (folder, tmp_path / "latest"):
+            with pytest.raises(RunError, match="is being written by another command; wait for it to end, or give"):
+                Run(way, {"seed": 2}, overwrite=overwrite)
+        assert there == {p.name: p.read_bytes() for p in folder.iterdir()}
+        assert (folder.with_name(".run.replaced")).is_dir() == before
+        assert Run(folder, {"seed": 2}, main=False).resumed, "a process of the same run"
+    assert alone(folder)
+    with Run(folder, {"seed": 2}, overwrite=overwrite) if not before else Run(folder, {"seed": 1}):
+        pass
+
+
+def test_a_killed_command_holds_no_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    code = f"import sys; from come_pl.runs import Run; r = Run(__import__('pathlib').Path({str(folder)!r}), {{}})"
+    process = subprocess.Popen([sys.executable, "-c", f"{code}; print(1, flush=True); sys.stdin.read()"], **PIPES)
+    assert process.stdout is not None and process.stdout.readline() == b"1\n"
+    with pytest.raises(RunError, match="is being written"):
+        Run(folder, {})
+    process.kill()
+    process.communicate()
+    assert Run(folder, {}).resumed
+
+
 def test_another_process_moves_nothing(old: Path) -> None:
     with Run(old, {"seed": 1}, overwrite=True, main=False):
         pass
@@ -154,7 +192,8 @@ def test_a_folder_with_anything_of_value_is_not_free(tmp_path: Path, kept: str) 
     run = Run(folder, {"seed": 1})
     if kept == "perplexity":
         run.update(perplexity={})
-    else:
+    del run
+    if kept != "perplexity":
         (folder / kept).parent.mkdir(exist_ok=True)
         (folder / kept).write_text("")
     with pytest.raises(RunError, match="holds another run"):
