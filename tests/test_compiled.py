@@ -39,10 +39,11 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("products", [None, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_results_are_those_of_the_layers_as_they_are(family: str) -> None:
+def test_results_are_those_of_the_layers_as_they_are(family: str, products: torch.dtype | None) -> None:
     model = tiny_model(family, layers=4)
-    plain, fast = Decoder(model), Decoder(model, compiled=True)
+    plain, fast = Decoder(model, products=products), Decoder(model, compiled=True, products=products)
     with torch.inference_mode():
         with boundaries(plain) as expected:
             final = plain.run(tiny_ids())
