@@ -123,7 +123,8 @@ def prune(
 
         record_file = output / "record.jsonl"
         layers = config.num_hidden_layers
-        record = Record.read(record_file, layers) if record_file.is_file() else Record(layers, record_file)
+        begun = run.resumed and record_file.is_file()
+        record = Record.read(record_file, layers) if begun else Record(layers, record_file)
         fingerprint = models.fingerprint(model)
         if run.resumed and run.info.get("model", {}).get("fingerprint", fingerprint) != fingerprint:
             raise RunError(
@@ -158,10 +159,13 @@ def prune(
                 seed=seed,
             )
         device = trainer.strategy.root_device
-        if main and "perplexity" not in run.info:
-            meter = Meter(device)
-            run.update(perplexity=measure(move(model, device), texts, "dense"), seconds={"load": round(loading, 2)})
-            run.info["seconds"]["dense_perplexity"] = round(meter.seconds, 2)
+        if main:
+            meter, before = Meter(device), run.info.get("perplexity")
+            known = measure(move(model, device), texts, "dense", before)
+            if known != before:  # the first time, or another text than before the run was cut off
+                seconds = {"load": round(loading, 2), "dense_perplexity": round(meter.seconds, 2)}
+                run.info.pop("depths", None)
+                run.update(perplexity=known, seconds=seconds)
         module.attach(model, record, needs=chosen.needs, span=chosen.span, scratch=scratch / "streams")
 
         def save(folder: Path, pruned: dict[str, Any] | None) -> None:

@@ -39,15 +39,25 @@ def evaluation_windows(evaluation: EvaluationText, tokenizer: Any, bos: bool, se
 def measure(
     model: Any, texts: Mapping[str, TokenWindows], which: str, so_far: Mapping[str, Any] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """`so_far` with the perplexity of `model` added as `which` for each text that has none yet.
+    """What `so_far` has of these windows, with the perplexity of `model` added as `which` for each text without it.
 
-    An entry: {"tokens": predicted tokens, "seqlen": …, which: perplexity, …}.
+    An entry: {"tokens": predicted tokens, "seqlen": …, "fingerprint": of the windows, which: perplexity, …}.
     """
-    entries = {name: dict(entry) for name, entry in (so_far or {}).items()}
+    entries = {}
     for name, windows in texts.items():
-        entry = entries.setdefault(name, {})
+        entry = (so_far or {}).get(name, {})
+        entry = entries[name] = dict(entry) if measured_on(windows, entry) else {}
         if which in entry:
             continue
         found = perplexity(model, windows.input_ids, windows.mask, title=f"{which} perplexity on {Path(name).name}")
-        entry |= {"tokens": found.tokens, "seqlen": windows.input_ids.shape[1], which: round(found.token, 4)}
+        entry |= {"tokens": found.tokens, "seqlen": windows.input_ids.shape[1], "fingerprint": windows.fingerprint}
+        entry[which] = round(found.token, 4)
     return entries
+
+
+def measured_on(windows: TokenWindows, entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of `measure` is of these windows; one of an earlier version has no fingerprint."""
+    if "fingerprint" in entry:
+        return bool(entry["fingerprint"] == windows.fingerprint)
+    seqlen = windows.input_ids.shape[1]
+    return (entry.get("tokens"), entry.get("seqlen")) == (len(windows) * (seqlen - 1), seqlen)
