@@ -40,9 +40,10 @@ def digest(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:6]
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """What nested mappings say, by names with dots."""
     if isinstance(value, Mapping):
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}{key}.").items()}
+        return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}{key}.").items()}
     return {prefix.rstrip("."): value}
 
 
@@ -84,7 +85,8 @@ class Run:
             self.settle()  # what a kill left
             if main and overwrite and (folder / RUN_FILE).is_file():
                 self._place.rename(self._aside)
-            self._check(identity)
+            if main or not overwrite:
+                self._check(identity)
             self._take()  # it may be another folder now
         except (OSError, RunError) as error:
             with contextlib.suppress(OSError):
@@ -93,7 +95,8 @@ class Run:
             if isinstance(error, OSError):
                 raise self._unwritable(error) from None
             raise
-        self.resumed = (folder / RUN_FILE).is_file()
+        # a process that is not the first may come before the old run is set aside
+        self.resumed = (main or not overwrite) and (folder / RUN_FILE).is_file()
         self.info: dict[str, Any] = {"status": "running", "identity": identity}
         if self.resumed:
             self.info = read_run(folder)
@@ -154,7 +157,7 @@ class Run:
         except OSError as error:
             raise self._unwritable(error) from None
         if (folder / RUN_FILE).is_file():
-            theirs, ours = _flat(read_run(folder).get("identity", {})), _flat(identity)
+            theirs, ours = flat(read_run(folder).get("identity", {})), flat(identity)
             different = sorted((k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k)), key=_rank)
             if different and _free(folder):
                 if self.main:
@@ -186,17 +189,17 @@ class Run:
     def close(self, root: Path, scratch: str) -> None:
         """At the end of a finished run: remove what it no longer needs, and make it the latest of those in `root`."""
         shutil.rmtree(self.folder / scratch, ignore_errors=True)
-        if self.folder.parent.resolve() == root.resolve():
+        if self._place.parent == root.resolve():
             self.make_latest()
 
     def make_latest(self) -> None:
-        """Point `latest`, beside the folder, at it."""
-        link = self.folder.parent / "latest"
-        partial = self.folder.parent / f".latest.{os.getpid()}"
-        with contextlib.suppress(OSError):  # a file system without links: the run itself is whole
-            partial.unlink(missing_ok=True)
-            partial.symlink_to(self.folder.name, target_is_directory=True)
-            os.replace(partial, link)
+        """Point `latest`, beside the folder, at it, unless that is its own name."""
+        link, partial = self._place.with_name("latest"), self._place.with_name(f".latest.{os.getpid()}")
+        if link.is_symlink() or not link.exists():
+            with contextlib.suppress(OSError):  # a file system without links: the run itself is whole
+                partial.unlink(missing_ok=True)
+                partial.symlink_to(self._place.name, target_is_directory=True)
+                os.replace(partial, link)
 
 
 class _Claim:
@@ -254,6 +257,14 @@ def _difference(key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) ->
     if key.endswith("fingerprint"):  # only where nothing else differs
         return f"{key}, of the text cut into windows, is {str(there)[:8]} there, {str(here)[:8]} here"
     return f"{key} is {there!r} there, {here!r} here"
+
+
+def followed(folder: Path) -> Path:
+    """The folder that a link such as `latest` points to now: another run may have the link before this one ends."""
+    if not folder.is_symlink():
+        return folder
+    place, here = folder.resolve(), Path.cwd()
+    return place.relative_to(here) if place.is_relative_to(here) else place
 
 
 def read_run(folder: Path) -> dict[str, Any]:

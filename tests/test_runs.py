@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from come_pl.runs import Run, RunError, read_run
+from come_pl.distillation.student import read_pruned
+from come_pl.runs import Run, RunError, followed, read_run
+from come_pl.workflows.subject import read_subject
 
 PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
 
@@ -154,10 +156,35 @@ def test_a_killed_command_holds_no_folder(tmp_path: Path) -> None:
     assert Run(folder, {}).resumed
 
 
-def test_another_process_moves_nothing(old: Path) -> None:
-    with Run(old, {"seed": 1}, overwrite=True, main=False):
-        pass
+@pytest.mark.parametrize("seed", [1, 2])
+def test_another_process_moves_nothing_and_reads_nothing_that_is_to_go(old: Path, seed: int) -> None:
+    with Run(old, {"seed": seed}, overwrite=True, main=False) as run:
+        assert not run.finished and not run.resumed
     assert is_old(old)
+
+
+def test_a_run_that_is_given_the_link_leaves_it(old: Path) -> None:
+    link = old.parent / "latest"
+    link.symlink_to("run", target_is_directory=True)
+    Run(link, {"seed": 1}).close(old.parent, "scratch")
+    assert link.readlink() == Path("run") and alone(old)
+    link.unlink()
+    run = Run(link, {"seed": 1})  # a folder of that name
+    run.close(old.parent, "scratch")
+    assert not link.is_symlink() and read_run(link)["identity"] == {"seed": 1} and alone(old)
+
+
+def test_a_link_is_followed_once(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (old.parent / "latest").symlink_to("run", target_is_directory=True)
+    assert followed(old) == old and followed(old.parent / "latest") == old
+    monkeypatch.chdir(old.parent)
+    assert followed(Path("latest")) == followed(Path("run")) == Path("run")
+    (old / "model" / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr("come_pl.models.load_config", lambda path: None)
+    subject = read_subject("latest")
+    assert subject.run == Path("run") and subject.path == "run"
+    Run(Path("run"), {"seed": 1}).update(groups=[[0, 1]], model={"path": "dense", "layers": 2})
+    assert read_pruned("latest").folder == Path("run")
 
 
 def _kill(folder: Path) -> None:

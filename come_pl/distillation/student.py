@@ -8,7 +8,7 @@ from typing import Any
 
 from come_pl import models
 from come_pl.record import Record
-from come_pl.runs import RunError, read_run
+from come_pl.runs import RunError, followed, read_run
 
 LATEST = Path("runs/prune/latest")
 
@@ -45,6 +45,7 @@ def read_pruned(student: str | None) -> Pruned:
     folder = Path(student).expanduser() if student else LATEST
     if student is None and not folder.is_dir():
         raise RunError("no pruned run in runs/prune yet: run `python prune.py` first, or give --student RUN_FOLDER")
+    folder = followed(folder)
     info = read_run(folder)
     if not (folder / "model" / "config.json").is_file():
         raise RunError(f"student {str(folder)!r} has no model/ yet: let its run finish first (the same command again)")

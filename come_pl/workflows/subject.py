@@ -10,7 +10,7 @@ import torch
 
 from come_pl import models
 from come_pl.decoder import Decoder
-from come_pl.runs import RUN_FILE, RunError, digest, read_run
+from come_pl.runs import RUN_FILE, RunError, digest, followed, read_run
 
 
 @dataclass
@@ -47,6 +47,9 @@ class Subject:
 def read_subject(path: str) -> Subject:
     """Raises RunError: a run folder without a model. ModelError: nothing that can be loaded."""
     folder = Path(path).expanduser()
+    if folder.is_symlink():
+        folder = followed(folder)
+        path = str(folder)
     run = folder if (folder / RUN_FILE).is_file() else None
     if run and not (folder / "model" / "config.json").is_file():
         removed = read_run(folder).get("model_removed")
