@@ -149,6 +149,8 @@ def test_label_weight_goes_from_the_teacher_to_the_text(module: Any) -> None:
     value = {w: float(sum(attached(module(w)).losses(batch).values())) for w in (0.0, 0.25, 1.0)}
     assert value[0.25] == pytest.approx(0.75 * value[0.0] + 0.25 * value[1.0], rel=1e-5)
     assert value[1.0] == pytest.approx(float(attached(LM()).losses(batch)["lm"]), rel=1e-5)
+    with pytest.raises(ValueError, match="label_weight 0.5 is a share of logit_weight, which is 0"):
+        CoMeSP(label_weight=0.5)
     with pytest.raises(ValueError, match="label_weight 1.5: expected a share from 0 to 1"):
         module(1.5)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -17,6 +18,19 @@ from come_pl.distillation.module import DistillationModule
 from come_pl.record import write_atomically
 
 FOLDER, BEST = "checkpoints", "best.safetensors"
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints of one file that are there whole or not at all: Lightning's are moved from the system's temporary
+    folder, which is a copy where that is another disk."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        def save(partial: Path) -> None:
+            with open(partial, "wb") as file:  # given a path, torch makes another error of a full disk
+                torch.save(checkpoint, file)
+
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(path), save)
 
 
 def newest(folder: Path) -> Path | None:
@@ -73,6 +87,10 @@ class Checkpoints(Callback):
     def __init__(self, folder: Path, every: int):
         self.folder, self.every = folder, every
         self.saved = 0
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpoints()
 
     def state_dict(self) -> dict[str, Any]:
         return {"saved": self.saved}

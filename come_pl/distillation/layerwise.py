@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -138,6 +139,12 @@ class CoMeMP(DistillationModule):
 
     def check_trainer(self, trainer: Any) -> None:
         super().check_trainer(trainer)
+        if trainer.gradient_clip_val and isinstance(trainer.strategy, DeepSpeedStrategy):
+            warnings.warn(
+                "DeepSpeed clips the gradients of all layers together, not of each by itself; --trainer.strategy ddp "
+                "clips each",
+                stacklevel=2,
+            )
         if self.schedule == "joint":
             return
         if trainer.world_size > 1 or isinstance(trainer.strategy, (DeepSpeedStrategy, ModelParallelStrategy)):
@@ -208,6 +215,8 @@ class CoMeSP(DistillationModule):
         self.loss, self.temperature, self.match = loss, temperature, match
         self.state_weight, self.logit_weight = state_weight, logit_weight
         self.label_weight = share_of_labels(label_weight)
+        if label_weight and not logit_weight:
+            raise ValueError(f"label_weight {label_weight} is a share of logit_weight, which is 0; give both")
         self.activation_checkpointing = activation_checkpointing
 
     def reach(self) -> tuple[int | None, int | None]:
