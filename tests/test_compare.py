@@ -175,6 +175,10 @@ def test_a_run_that_was_killed_is_told_and_the_rest_go_on(home: Path, monkeypatc
         (["--model", "./nothing"], "'./nothing' does not exist"),
         (["--no_such", "1"], "no_such"),
         (["--", "--data.tokens", "5"], "say --tokens before the '--'"),
+        (
+            ["--", "--config", "set.yaml"],
+            "--data.nsamples in a --config after '--': every run gets the same; say --tokens",
+        ),
         (["--output", "model/config.json"], "cannot be written"),
     ],
 )
@@ -187,6 +191,7 @@ def test_bad_input_is_one_line(
 ) -> None:
     monkeypatch.chdir(home)
     monkeypatch.setattr(workflow, "_start", lambda *_: pytest.fail("nothing is to be run"))
+    (home / "set.yaml").write_text("nsamples: 8\nmodel: {dtype: bfloat16}\n")
     assert compared(monkeypatch, *arguments(home, "--output", home / "bad"), *words) == 2
     error = capsys.readouterr().err
     assert expected in error and error.count("\n") == 1 and error.startswith("error: ")

@@ -14,7 +14,7 @@ def normalise(
     argv: Sequence[str], aliases: Mapping[str, str], switches: Collection[str], lists: Collection[str] = ()
 ) -> list[str]:
     """Command-line arguments as the parser knows them: hyphen or underscore alike, official names, bare switches,
-    several values of a list."""
+    several values of a list; `--config` first, so that what is said beside it counts, in whatever order."""
     result: list[str] = []
     pending = list(argv)
     while pending:
@@ -34,7 +34,7 @@ def normalise(
         if name in lists and values and not values[0].startswith("["):
             values = ["[" + ", ".join(repr(v) for v in values) + "]"]
         result += [f"{name}={values[0]}"] if values else [name]
-    return result
+    return sorted(result, key=lambda word: not word.startswith("--config="))
 
 
 def read_config(file: str) -> dict[str, Any]:

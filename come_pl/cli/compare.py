@@ -6,7 +6,7 @@ import signal
 import sys
 
 from come_pl.cli import prune as prune_cli
-from come_pl.cli.common import call, guarded, normalise, quiet
+from come_pl.cli.common import call, configs, guarded, normalise, quiet
 
 SWITCHES = {"--keep_models", "--overwrite"}
 LISTS = {"--methods", "--depths", "--evaluation"}
@@ -35,6 +35,8 @@ def compare_main() -> None:
 
 def _compare() -> None:
     quiet()
+    from come_pl.cli.parser import nested
+    from come_pl.runs import flat
     from come_pl.workflows.compare import compare
 
     own, passed = sys.argv[1:], []
@@ -46,6 +48,10 @@ def _compare() -> None:
         name = word.partition("=")[0]
         if name in SET_HERE:
             raise ValueError(f"{word!r} after '--': every run gets the same; say {SET_HERE[name]} before the '--'")
+    for content in configs(passed):
+        said = {f"--{key}" for key in flat(nested(content, prune_cli.ALIASES))}
+        for name in sorted(said & SET_HERE.keys()):
+            raise ValueError(f"{name} in a --config after '--': every run gets the same; say {SET_HERE[name]} here")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception: the run under way ends with this command
     done = call(
         compare,
