@@ -14,9 +14,11 @@ import torch
 import yaml
 from cli import ENVIRONMENT, ROOT, exit_code, kill_when, records, run
 from conftest import save_tiny
+from safetensors.torch import load_file
 
 from come_pl.cli.common import normalise, scan
 from come_pl.cli.prune import ALIASES, LISTS, SWITCHES, prune_main
+from come_pl.models import ModelError, load_model
 from come_pl.runs import Run, read_run
 
 SMALL = ("--data.tokens", 512, "--data.seqlen", 32, "--evaluation.tokens", 512, "--seed", 3)
@@ -298,9 +300,7 @@ def _forget_tokenizer(folder: Path) -> None:
     ("damage", "expected"),
     [
         (_cut, "model.safetensors' is no whole safetensors file: it ends before"),
-        (_pickle(b""), "cannot be read: a file of it is damaged or cut short"),
-        (_pickle(b"junk\n"), "cannot be read: a file of it is damaged or cut short"),
-        (_pickle(b"PK\x03\x04" + bytes(99)), "cannot be read: PytorchStreamReader failed"),
+        (_pickle(b""), "model.safetensors is not there; a pickle (.bin) is first loaded and saved again"),
         (_forget_tokenizer, "has no tokenizer; copy tokenizer.json and tokenizer_config.json of its base model"),
     ],
 )
@@ -462,6 +462,44 @@ def test_without_a_method_a_family_that_cannot_be_repaired_is_pruned(
     assert found == ("shortest_path", 0, "none"), "nothing will stand in the gaps"
 
 
+def test_going_on_with_another_text_to_measure_compares_like_with_like(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    """Whether more or fewer tokens of it, a text beside it, or a file that has changed."""
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text())
+    for tokens, texts in ((512, [other]), (64, [text, other])):
+        words = basic(tiny, text, tmp_path / "run")
+        at = words.index("--evaluation.data")
+        words[at : at + 2] = ["--evaluation.data", *texts]
+        words += ["--evaluation.tokens", tokens, "--trainer.max_steps", 1]
+        assert exit_code(prune_main, "prune.py", *words, monkeypatch=monkeypatch) == 0
+        found = read_run(tmp_path / "run")["perplexity"]
+        assert list(found) == list(map(str, texts))
+        assert all(entry["tokens"] == tokens // 32 * 31 and entry["dense"] for entry in found.values())
+        before = found[str(other)]
+    other.write_text(" ".join(other.read_text().split()[::-1]))
+    assert exit_code(prune_main, "prune.py", *words[:-2], monkeypatch=monkeypatch) == 0
+    found = read_run(tmp_path / "run")["perplexity"]
+    assert found[str(other)]["dense"] != before["dense"] and all("pruned" in entry for entry in found.values())
+
+
+def test_a_pickle_is_read_where_it_is_named(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "old")
+    named = folder / "pytorch_model.bin"
+    torch.save(load_file(folder / "model.safetensors"), named)
+    (folder / "model.safetensors").unlink()
+    assert "a pickle (.bin) is" in refuse(capsys, monkeypatch, *basic(folder, text, tmp_path / "run"))
+    state, expected = (load_model(str(path)).state_dict() for path in (named, tiny))
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+    for content, said in ((b"", "damaged or cut short"), (b"PK\x03\x04" + bytes(99), "PytorchStreamReader failed")):
+        named.write_bytes(content)
+        with pytest.raises(ModelError, match=f"cannot be read: .*{said}"):
+            load_model(str(named))
+
+
 def test_run_of_other_weights_is_not_gone_on_with(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tiny: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -539,7 +577,10 @@ def test_official_name_has_the_official_default(
 
 
 def test_words_are_normalised_once() -> None:
-    """Further processes get the rewritten words and rewrite them again."""
+    """Further processes get the rewritten words and rewrite them again. What is said beside a file counts."""
+    assert words("--granularity", "5", "-c", "a.yaml", "--seed=1", "--config=b.yaml") == [
+        *("--config=a.yaml", "--config=b.yaml", "--method.granularity=5", "--seed=1"),
+    ]
     once = words("--method", "come_p", "--granularity=5", "--wo_repeat", "--trainer.max-steps", "-1", "--data.tokens=9")
     assert words(*once) == once
     assert once == [

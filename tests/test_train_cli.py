@@ -116,6 +116,22 @@ def test_bfloat16_leaves_rotary_tables_alone(home: Path, monkeypatch: pytest.Mon
     assert seen == {(torch.float32, torch.float32)}
 
 
+def test_going_on_with_another_text_to_measure(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / "other.txt").write_text((home / "text.txt").read_text())
+    monkeypatch.chdir(home)
+    output = home / "texts"
+    with monkeypatch.context() as stopped:
+        stopped.setattr("come_pl.workflows.distil.rebuilt", lambda *a: (_ for _ in ()).throw(RunError("for a test")))
+        assert started(monkeypatch, *flags(output)) == 2
+    words = flags(output)
+    at = words.index("--evaluation.data")
+    words[at : at + 4] = ["--evaluation.data", "text.txt", "other.txt", "--evaluation.tokens", 64]
+    assert started(monkeypatch, *words) == 0
+    found = json.loads((output / "run.json").read_text())["perplexity"]
+    assert list(found) == ["text.txt", "other.txt"] and found["text.txt"] == found["other.txt"]
+    assert found["text.txt"]["tokens"] == 60 and {"dense", "before", "after"} <= found["text.txt"].keys()
+
+
 def test_kill_and_the_same_command_again(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

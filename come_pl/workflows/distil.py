@@ -38,7 +38,7 @@ from come_pl.runs import Run, RunError, check_space, digest, read_run
 from come_pl.windows import check_readable
 from come_pl.workflows.card import distilled_card, licence_files
 from come_pl.workflows.report import ask, finish
-from come_pl.workflows.texts import EvaluationText, evaluation_windows, measure
+from come_pl.workflows.texts import EvaluationText, evaluation_windows, measure, measured_on
 
 ROOT = Path("runs/distill")
 
@@ -134,10 +134,10 @@ def distil(
                 seed=seed,
                 checkpoints=written,
             )
-            if "perplexity" not in run.info:
-                known = _known(pruned, texts, path)
-                known = measure(move(dense_model, device), texts, "dense", known)
-                known = measure(student_model.to(device), texts, "before", known)
+            known = run.info.get("perplexity") or _known(pruned, texts, path)
+            known = measure(move(dense_model, device), texts, "dense", known)
+            known = measure(student_model.to(device), texts, "before", known)
+            if known != run.info.get("perplexity"):  # another text than before it was cut off, or the first time
                 run.update(perplexity=known)
         module.attach(dense_model, student_model, pruned.groups, pruned.scales)
         module.lighten(str(trainer.precision), isinstance(trainer.strategy, DeepSpeedStrategy))
@@ -147,7 +147,7 @@ def distil(
         if phases := getattr(module, "phases", 1) - 1:
             _lengthen(trainer, phases + 1)
         meter = Meter(device)
-        checkpoint = newest(output / FOLDER)
+        checkpoint = newest(output / FOLDER) if run.resumed else None
         if checkpoint and main:
             print(f"going on from {checkpoint.name}")
         try:
@@ -331,11 +331,10 @@ def _known(pruned: Pruned, texts: Mapping[str, TokenWindows], teacher: str) -> d
     known: dict[str, Any] = {}
     same = Path(teacher).expanduser().resolve() == Path(pruned.teacher).expanduser().resolve()
     for name, windows in texts.items():
-        predicted, seqlen = len(windows) * (windows.input_ids.shape[1] - 1), windows.input_ids.shape[1]
-        known[name] = {"tokens": predicted, "seqlen": seqlen}
         entry = pruned.perplexity.get(name, {})
-        if entry.get("tokens") == predicted and entry.get("seqlen") == seqlen:
-            known[name] |= {"before": entry["pruned"]} | ({"dense": entry["dense"]} if same else {})
+        if measured_on(windows, entry):
+            kept = ("tokens", "seqlen", "fingerprint", *(["dense"] if same else []))
+            known[name] = {key: entry[key] for key in kept if key in entry} | {"before": entry["pruned"]}
     return known
 
 
