@@ -12,6 +12,7 @@ from cli import exit_code, is_one_line, records
 from conftest import FAMILIES, save_tiny, tiny_ids, tiny_model, tiny_text
 from safetensors.torch import load_file
 from test_loop import lines, prune
+from test_offload import OTHERS
 from test_refit import ready
 
 from come_pl import models
@@ -98,11 +99,12 @@ def test_channels_are_what_the_layer_gives_in_either_precision(products: torch.d
         assert torch.equal(decoder.mlp_channels(read[0], inputs), told[-1])
 
 
-@pytest.mark.parametrize("method", ["shortest_path", "come", "sleb", "taylor", "streamline"])
+@pytest.mark.parametrize("method", METHODS)
 def test_methods_and_the_same_with_a_trainer_that_autocasts(method: str, tmp_path: Path) -> None:
     repaired = {"shortest_path": Refit("all", when="end"), "come": Refit("down", when="step")}.get(method)
+    options = OTHERS.get(method, {})
     found = [
-        prune(tmp_path / name, method=METHODS[method](), refit=repaired, products=HALF, trainer=settings)
+        prune(tmp_path / name, method=METHODS[method](**options), refit=repaired, products=HALF, trainer=settings)
         for name, settings in (("alone", {}), ("within", {"precision": "bf16-mixed"}))
     ]
     for module in found:

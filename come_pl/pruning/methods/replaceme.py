@@ -46,7 +46,9 @@ def pairs(module: PruningModule, index: int, before: int, count: int) -> tuple[T
     path, mask = student.family.mlp_output, batch["mask"]
     hidden = module.stream(index, before)
     output, x = layer_run(student, before, path, *inputs_of(batch), hidden)
-    m = student.part(student.layers[before], path)(x)[mask].float()
+    with student.mixed():
+        m = student.part(student.layers[before], path)(x)
+    m = m[mask].float()
     return m, module.stream(index, before + count + 1)[mask].float() - output[mask].float() + m
 
 
