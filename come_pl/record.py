@@ -16,16 +16,17 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from come_pl import surgery
+from come_pl import surgery, tensors
 from come_pl.decoder import Decoder
+from come_pl.offload import present
 from come_pl.surgery import Kept
 from come_pl.tensors import TensorFile, TensorFileError
 
@@ -203,8 +204,7 @@ class Record:
             if step.weights_file is not None and step.weights is not None:
                 file = self.path.parent / step.weights_file
                 file.parent.mkdir(exist_ok=True)
-                tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in step.weights.items()}
-                write_atomically(file, save(tensors))
+                write_atomically(file, partial(tensors.write, tensors=step.weights, present=present))
                 step.weights = TensorFile(file)
         self._written = len(self.steps)
         write_atomically(self.path, "".join(step.to_json() + "\n" for step in self.steps))

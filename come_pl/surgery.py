@@ -226,15 +226,19 @@ def blend(
 
 
 @torch.no_grad()
-def set_weights(decoder: Decoder, weights: Mapping[str, Tensor]) -> None:
+def set_weights(decoder: Decoder, weights: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
     """Give layers parameters of their own: the tensors that they share with another model stay as they are.
 
     Args:
         weights: by "index.path", the path relative to the layer (`3.mlp.down_proj.weight`), or "final_norm.name".
 
+    Returns:
+        The new parameters by these names; of an offloaded model they are in files.
+
     Raises:
         ValueError: a layer or parameter that is not there, or another shape.
     """
+    found = {}
     for name, tensor in weights.items():
         index, _, path = name.partition(".")
         owner, _, attribute = path.rpartition(".")
@@ -249,6 +253,8 @@ def set_weights(decoder: Decoder, weights: Mapping[str, Tensor]) -> None:
         new = nn.Parameter(tensor.to(old.device, old.dtype), requires_grad=old.requires_grad)
         adopt(new, like=old)
         setattr(module, attribute, new)
+        found[name] = new
+    return found
 
 
 def put_back(layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:

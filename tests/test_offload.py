@@ -111,6 +111,25 @@ def test_weights_and_streams_on_disk_change_nothing(tmp_path: Path, family: str,
             assert all(isinstance(b, FileBlock) for b in [*found._states, *found._teacher_states.values()] if b)
 
 
+def test_what_a_repair_adds_to_a_step_is_not_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is nearly the whole student, until the step is written; and written it is one matrix at a time."""
+    held: list[int] = []
+    write = Record.write
+
+    def seen(self: Record) -> None:
+        weights = self.steps[-1].weights
+        if weights is not None:
+            held.append(sum(w.untyped_storage().nbytes() for name, w in weights.items() if w.dim() == 2))
+            held.append(sum(w.nbytes for name, w in weights.items() if w.dim() == 2))
+        write(self)
+
+    monkeypatch.setattr(Record, "write", seen)
+    checkpoint = save_tiny(tmp_path / "dense", layers=LAYERS)
+    pruned(tmp_path / "disk", checkpoint, "reverse", None, "all", offload="disk", cache="disk")
+    there, whole = held
+    assert there < whole / 1000, "parameters that are in files"
+
+
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("come", "prune_comp", "magnitude")])
 def test_every_method_reads_weights_that_are_on_disk(tmp_path: Path, method: str) -> None:
     checkpoint = save_tiny(tmp_path / "dense", layers=LAYERS)
@@ -210,7 +229,7 @@ def test_damaged_and_missing_files_are_told_in_one_line(
     refused(f"{shard.name} is not there")
     for file in (tmp_path / "dense").glob("model*"):
         file.unlink()
-    refused("model.safetensors is not there; a checkpoint of another kind (.bin)")
+    refused("model.safetensors is not there; a pickle (.bin) is first loaded")
 
 
 def test_files_hold_what_was_written(tmp_path: Path) -> None:

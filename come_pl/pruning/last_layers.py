@@ -64,17 +64,17 @@ def affordable(geometry: Geometry, offloaded: bool = False) -> int:
 def repaired_head(module: PruningModule, folds: int, layers: int | Literal["auto"]) -> dict[str, Tensor]:
     """What goes by predictions: the final norm's gains (`final_norm.py`), then this for so many layers. The student has
     the new weights, and they are returned by the names of `surgery.set_weights`."""
-    new, student = {}, module.student
+    new: dict[str, Tensor] = {}
+    student = module.student
     layers = affordable(student.geometry) if layers == "auto" else layers
     gains = final_norm.gains(module, folds)
     if gains is not None:
-        new[f"{FINAL_NORM}.weight"] = gains
-        set_weights(student, new)
+        new |= set_weights(student, {f"{FINAL_NORM}.weight": gains})
     own = projections(module, folds, layers) if layers else {}
     if own:
-        set_weights(student, own)
+        new |= set_weights(student, own)
         module.changed_from(min(int(name.split(".")[0]) for name in own))
-    return new | own
+    return new
 
 
 def projections(module: PruningModule, folds: int, layers: int, tokens: int = TOKENS) -> dict[str, Tensor]:
@@ -82,7 +82,7 @@ def projections(module: PruningModule, folds: int, layers: int, tokens: int = TO
     windows.
 
     Args:
-        folds: calibration windows are dealt into so many parts; the first is not fitted to.
+        folds: calibration windows are dealt into so many parts; the first that has any is not fitted to.
         layers: how many, where there are as many. Of each, several times its output projections are in memory.
         tokens: about so many predicted tokens are looked at.
     """
@@ -138,6 +138,7 @@ def _windows(module: PruningModule, folds: int, tokens: float, lowest: int) -> t
     stride = max(1, round(module.targets() / tokens))
     seen: list[Window] = []
     unseen: list[Window] = []
+    left_out = module.unseen_fold(folds)
     for number, batch in enumerate(module.batches):
         picked = (batch["input_ids"].sum(1) // folds % stride == 0) & targets_of(batch["mask"]).any(1)
         rows = picked.nonzero().squeeze(1).tolist()
@@ -153,7 +154,7 @@ def _windows(module: PruningModule, folds: int, tokens: float, lowest: int) -> t
             own = hidden[row : row + 1].clone()
             size = own[0, :-1][counted].float().square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt()
             inputs = inputs_of(part)
-            kind = unseen if folds_of(batch, folds)[row] == 0 else seen
+            kind = unseen if folds_of(batch, folds)[row] == left_out else seen
             kind.append(Window(inputs, own, counted, Targets(y, following), size))
     return seen, unseen
 
@@ -262,7 +263,8 @@ class _Last:
             for square in total.curvature or ():
                 mirror(square)
             for value in total.sums:
-                value.copy_(self.module.sum(value)).div_(tokens)
+                self.module.add_up(value)
+                value.div_(tokens)
         return sums
 
     def _add(self, window: Window, sums: dict[str, Derivatives], factors: bool) -> None:
