@@ -258,6 +258,14 @@ def test_barriers_that_leave_nothing():
         SLEB(barriers=-1)
 
 
+def test_a_loss_that_is_no_number_is_above_any(monkeypatch: pytest.MonkeyPatch):
+    module = measured(tiny_model(), SLEB())
+    losses = module._losses
+    monkeypatch.setattr(module, "_losses", lambda look, start, **a: losses(look, start, **a) * (start or math.nan))
+    assert module.loss(0) == module.loss(0, bound=9.0) == math.inf and module.loss(1) < 9.0
+    assert SLEB(barriers=0)(module, {}, module.record, remove=1).step.layers != [0]
+
+
 def test_sleb_without_a_finite_loss(monkeypatch: pytest.MonkeyPatch):
     module = measured(tiny_model(), SLEB())
     monkeypatch.setattr(PruningModule, "loss", lambda *a, **k: math.nan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from conftest import SOLVABLE, save_tiny, tiny_ids, tiny_model, tiny_text
 
 from come_pl.cli.prune import prune_main
 from come_pl.decoder import Decoder
-from come_pl.pruning import regression
+from come_pl.pruning import final_norm, last_layers, regression
 from come_pl.pruning.module import PruningModule
-from come_pl.pruning.refit import Refit, check_family, token_weights
-from come_pl.pruning.regression import GRID, NormalEquations
+from come_pl.pruning.refit import Refit, check_family
+from come_pl.pruning.regression import GRID, NormalEquations, folds_of, token_weights
 from come_pl.record import Record, Step, replay
 from come_pl.surgery import Kept
 from come_pl.taps import boundaries, layer_run, projection_input, projection_inputs
@@ -47,7 +48,7 @@ def test_what_regressions_have_in_common_is_summed_once() -> None:
         own = NormalEquations(6, r[:, columns].shape[1], 4, False, a=features.a)
         for fold, part in enumerate(torch.arange(len(x)).chunk(4)):
             own.add(x[part], r[part, columns], weight[part], fold)
-        own.summed(lambda value: 2 * value)
+        own.summed(lambda value: value.mul_(2))
         assert own.a is features.a and torch.equal(own.a, whole.a), "summed over processes already"
         own.b /= 2
         outputs.append(own.at(0.3))
@@ -144,6 +145,26 @@ def ready(family: str, step: Step, cache: Any = "ram", **options: Any) -> tuple[
     module.do(step)
     record.append(step)
     return module, record, refit
+
+
+def test_what_is_not_fitted_to_is_there_wherever_windows_fall() -> None:
+    module, _, _ = ready("llama", Step("drop", [2]))
+    counts = module.windows_by_fold(4)
+    assert sum(counts) == 8 and all(counts) and module.unseen_fold(4) == 0
+    for batch in module.batches:
+        batch["folds of 4"] = [max(2, fold) for fold in folds_of(batch, 4)]
+    assert module.unseen_fold(4) == 2 and module.windows_by_fold(4)[:2] == [0, 0]
+    seen, unseen = last_layers._windows(module, 4, 10**6, 3)
+    assert len(unseen) == module.windows_by_fold(4)[2] and len(seen) == module.windows_by_fold(4)[3]
+    fitted, left_out = final_norm._positions(module, 4, 10**6)
+    assert len(fitted) and len(left_out)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module.check_folds(4)
+        for batch in module.batches:
+            batch["folds of 4"] = [3] * 4
+        with pytest.raises(UserWarning, match=r"windows \(8\) are all of one kind, .* give more --data.tokens"):
+            module.check_folds(4)
 
 
 def with_one_window(unseen: bool) -> PruningModule:
@@ -395,6 +416,9 @@ def test_auto_is_down_for_come_where_that_can_be_solved() -> None:
     assert Refit("best").resolved("prune_comp", gemma).parts == "none"
     assert Refit("all").resolved("shortgpt", llama).when == "end" and Refit().resolved("come", llama).when == "step"
     assert Refit("all", "step").resolved("shortgpt", llama).when == "step"
+    assert Refit("both").resolved("fusegpt", llama).parts == "both"
+    with pytest.raises(ValueError, match="--refit all leads .* and fusegpt has trained them; give --refit both"):
+        Refit("all").resolved("fusegpt", llama)
     with pytest.raises(ValueError, match="not possible for gemma3"):
         Refit("down").resolved("come", gemma)
 

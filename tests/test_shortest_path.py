@@ -117,6 +117,24 @@ def test_a_divergence_is_that_of_whole_runs(family: str, gaps: list[tuple[int, i
     assert found == pytest.approx(nats / tokens, rel=2e-3, abs=1e-7) and found > 0
 
 
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 7, 12])
+def test_processes_share_as_many_windows_as_one_has(world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the text begins with, which are dealt out in turn; a process may have none of them."""
+    module = PruningModule()
+    module.hold()
+    monkeypatch.setattr(PruningModule, "world", world)
+    for windows in (1, 4, 20):
+        found = []
+        for rank in range(world):
+            monkeypatch.setattr(PruningModule, "global_rank", rank)
+            own = torch.arange(rank, 24, world)  # numbers of windows
+            module.batches = [{"input_ids": part[:, None]} for part in own.split(2)]
+            looks = module.monitored(windows)
+            assert all(rows.stop > rows.start == 0 for rows in looks.values())
+            found += [int(i) for look in looks.items() for i in module.part(look)["input_ids"]]
+        assert sorted(found) == list(range(windows))
+
+
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_what_gaps_have_in_common_changes_no_divergence(family: str) -> None:
     """Nor does the order in which they are measured, nor what is kept of streams."""
@@ -137,9 +155,9 @@ def test_what_a_layer_gives_is_kept_as_far_as_there_is_room(monkeypatch: pytest.
     for room, expected in ((3.0, [2, 3, 4]), (2.0, [2, 3, 4, 2]), (0.0, [2, 3, 2, 4, 3, 2])):
         told.clear()
         module = measured(tiny_model("llama", layers=LAYERS, seed=5), ShortestPath(windows=1, bridge=3))
-        model = BridgedModel(module, 1, 3)
         one = 8 * 2 * module.student.geometry.ffn**2 + 4 * IDS.numel() * module.student.geometry.ffn
-        monkeypatch.setattr(shortest_path, "KEPT", room * one)
+        monkeypatch.setattr(shortest_path, "KEPT", int(room * one))
+        model = BridgedModel(module, 1, 3)
         found.append([model.divergence([gap]) for gap in gaps])
         assert told == [first for first in expected for _ in model.looks]
     assert found[0] == found[1] == found[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from lightning import LightningModule
 from torch import Tensor
 
 from come_pl.pruning.race import Look
+from come_pl.pruning.regression import folds_of
 from come_pl.taps import targets_of
 
 
@@ -37,11 +39,13 @@ class CalibrationBatches(LightningModule):
         return found
 
     def monitored(self, windows: int) -> dict[int, slice]:
-        """This process's share, rounded up, of the first so many windows of all: batch → which of it."""
-        left, found = -(-windows // self.world), {}
+        """This process's share of the first so many windows of all, which are dealt out in turn: batch → which of
+        it."""
+        left, found = -(-(windows - self.global_rank) // self.world), {}
         for index in self.first_batches(windows):
             count = min(left, len(self.batches[index]["input_ids"]))
-            found[index], left = slice(0, count), left - count
+            if count > 0:
+                found[index], left = slice(0, count), left - count
         return found
 
     def looks(self, windows: int | None) -> Iterator[Look]:
@@ -65,17 +69,47 @@ class CalibrationBatches(LightningModule):
             self._targets[windows] = max(float(self.sum(torch.stack(counts).sum())), 1.0)
         return self._targets[windows]
 
+    def windows_by_fold(self, folds: int) -> list[int]:
+        """How many windows of all processes are in each fold."""
+        found = [fold for batch in self.batches for fold in folds_of(batch, folds)]
+        counts = torch.tensor([found.count(fold) for fold in range(folds)], dtype=torch.float64)
+        return [int(count) for count in self.sum(counts)]
+
+    def check_folds(self, folds: int) -> None:
+        """Warns where no fit can be tried on windows that it has not seen."""
+        counts = self.windows_by_fold(folds)
+        if sum(count > 0 for count in counts) < 2 and self.global_rank == 0:
+            warnings.warn(
+                f"the calibration windows ({sum(counts)}) are all of one kind, so that no fit can be tried on unseen "
+                "ones and nothing is repaired; give more --data.tokens, or a shorter --data.seqlen",
+                stacklevel=2,
+            )
+
+    def unseen_fold(self, folds: int) -> int:
+        """The fold that is not fitted to where one is left out: the lowest that has windows."""
+        return next((fold for fold, count in enumerate(self.windows_by_fold(folds)) if count), 0)
+
     def sum(self, value: Tensor) -> Tensor:
         """Sum over processes, on the CPU."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if distributed():
             value = value.to(self.device)
             torch.distributed.all_reduce(value)
         return value.cpu()
+
+    def add_up(self, value: Tensor) -> None:
+        """The same in place, where the value is: of one process it goes nowhere."""
+        if distributed():
+            value.copy_(self.sum(value))
 
     @property
     def world(self) -> int:
         """Number of processes."""
         return self.trainer.world_size if self._trainer is not None else 1
+
+
+def distributed() -> bool:
+    """Whether there may be other processes."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def inputs_of(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:

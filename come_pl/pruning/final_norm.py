@@ -95,7 +95,7 @@ def _step(gradient: Tensor, fisher: Tensor) -> Callable[[float], Tensor]:
 def _positions(module: PruningModule, folds: int, least: int) -> tuple[Positions, Positions]:
     """(what is fitted to, what is not), of all processes, window after window: they exchange the tokens, and each
     solves the whole problem, so that what comes out does not depend on how many there are."""
-    stride = max(1, math.floor(module.targets() / least))
+    stride, left_out = max(1, math.floor(module.targets() / least)), module.unseen_fold(folds)
     found: list[tuple[Tensor, ...]] = []  # of each window, filled up to as many rows as any has
     for number, batch in enumerate(module.batches):
         counted = targets_of(batch["mask"])
@@ -106,7 +106,7 @@ def _positions(module: PruningModule, folds: int, least: int) -> tuple[Positions
             rows = picked[window].nonzero().squeeze(1)
             following = batch["input_ids"][window, 1:][rows]
             y = head.targets(module, dense[window, rows], following)
-            group = torch.full_like(following, int(fold == 0))
+            group = torch.full_like(following, int(fold == left_out))
             room = -(-counted.shape[1] // stride) - len(rows)
             filled = [F.pad(value, (0, 0, 0, room)) for value in (y, u[window, rows].float())]
             found.append((*filled, F.pad(following, (0, room)), F.pad(group, (0, room), value=-1)))

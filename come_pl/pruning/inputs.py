@@ -74,14 +74,13 @@ class KnownInputs:
                 if known is None:
                     undone.callback(projection.register_forward_pre_hook(self._keeping(batch, output)).remove)
                 elif block and not path.startswith(f"{block}."):  # OPT's MLP has no module of its own
-                    x = known.to(projection.weight.device, non_blocking=True)
-                    stand_in = _Known(name, projection, x, output == family.attention_output)
+                    stand_in = _Known(name, projection, known, output == family.attention_output)
                     undone.callback(setattr, module, block, module.get_submodule(block))
                     setattr(module, block, stand_in)
             yield
 
     def _keeping(self, batch: int, path: str) -> Any:
         def before(module: nn.Module, args: tuple[Tensor]) -> None:
-            self._found[batch, path] = args[0].detach().cpu()
+            self._found[batch, path] = args[0].detach()
 
         return before

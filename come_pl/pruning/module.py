@@ -206,8 +206,8 @@ class PruningModule(CalibrationStates):
 
         Args:
             start: lowest layer that differs from the student; layers below are not run.
-            bound: a loss already found; infinity is returned for one above it, as soon as that is sure. One that
-                equals it is returned: which of equals wins is the caller's to say.
+            bound: a loss already found; infinity is returned for one above it, as soon as that is sure, and for one
+                that is not a number. One that equals it is returned: which of equals wins is the caller's to say.
             windows: only the first so many of all processes, rounded up to whole batches.
         """
         targets = self.targets(windows)
@@ -220,7 +220,7 @@ class PruningModule(CalibrationStates):
                 total[1] = 1  # this process alone is above the bound, so the sum is
                 break
         nats, gave_up = self.sum(total).tolist()
-        return math.inf if gave_up or nats / targets > bound else nats / targets
+        return nats / targets if not gave_up and nats / targets <= bound else math.inf  # nor if it is not a number
 
     def race(self, candidate: Callable[[int], dict[str, Any]], windows: int | None = None) -> Race:
         """A race of candidates for the least calibration loss.

@@ -47,7 +47,7 @@ from tqdm.auto import tqdm
 from come_pl.decoder import Family
 from come_pl.pruning import channels, last_layers
 from come_pl.pruning.batches import inputs_of
-from come_pl.pruning.regression import Fit, NormalEquations
+from come_pl.pruning.regression import Fit, NormalEquations, Weighting, token_weights
 from come_pl.record import Record, Step
 from come_pl.surgery import put_back, set_weights
 from come_pl.taps import layer_run, projection_input
@@ -57,19 +57,10 @@ if TYPE_CHECKING:
 
 Parts = Literal["auto", "best", "none", "down", "both", "all"]
 When = Literal["auto", "step", "end"]
-Weighting = Literal["inverse", "uniform"]
 Source = Literal["own", "group"]
 ENOUGH = 0.75  # share of what it lacks, on unseen windows, that a layer below a gap may still lack to begin it
 TIE = 1.02  # error of all channels, in units of its own's, that is no more: equal there, they gave the better model
 Gap = tuple[float, int, int]  # a share of what lies between two boundaries of the teacher's stream
-
-
-def token_weights(target: Tensor, mask: Tensor, weighting: Weighting) -> Tensor:
-    """(batch, seq): what each token counts for in a fit; 0 at padding."""
-    if weighting == "uniform":
-        return mask.float()
-    size = target.float().square().mean(-1)
-    return torch.where(mask, 1 / size.clamp(min=1e-12), 0.0)
 
 
 def check_family(family: Family) -> None:
@@ -139,6 +130,11 @@ class Refit:
             parts = "all" if family.linear_outputs else "none"
         if parts == "auto":
             parts = "down" if (method == "come" or self.sweep) and family.linear_outputs else "none"
+        if parts == "all" and method == "fusegpt":
+            raise ValueError(
+                "--refit all leads what layers read back to the dense weights, and fusegpt has trained them; give "
+                "--refit both"
+            )
         if parts != "none":
             check_family(family)
         if when == "auto":
@@ -180,6 +176,7 @@ class Refit:
         """
         if not self.on or (self.when == "end" and not last):
             return
+        module.check_folds(self.folds)
         self._guess.clear()  # a run that was taken up again must find the same
         errors: list[float | None] = [None] * len(module.student)
         shares: dict[int, float] = {}
@@ -327,9 +324,8 @@ class Refit:
         self, module: PruningModule, index: int, changed: dict[str, dict[str, Tensor]], weights: dict[str, Tensor]
     ) -> None:
         new = {f"{index}.{path}.{name}": value for path, own in changed.items() for name, value in own.items()}
-        set_weights(module.student, new)
+        weights.update(set_weights(module.student, new))
         module.inputs.changed(module.student, [path for path, own in changed.items() if own])
-        weights.update(new)
 
     def _solved(self, path: str, equations: NormalEquations) -> Fit | None:
         fit = equations.solve(self._guess.get(path))
@@ -358,7 +354,7 @@ class Refit:
             x = module.reads(number, index, path) if reads is None else reads(number)
             wanted = projection_input(teacher, source, path, *inputs_of(batch), module.teacher_stream(number, source))
             equations.add_windows(batch, x, wanted.float() - x.float(), batch["mask"].float())
-        return equations.summed(module.sum)
+        return equations.summed(module.add_up)
 
     @torch.inference_mode()
     def equations(
@@ -399,7 +395,7 @@ class Refit:
                 out, x = layer_run(student, place, path, *inputs_of(batch), hidden, layer)
             weight = token_weights(target, batch["mask"], self.weighting)
             equations.add_windows(batch, x, target - out.float(), weight)
-        return equations.summed(module.sum)
+        return equations.summed(module.add_up)
 
 
 def _unseen(fit: Fit | None, left: float) -> float:

@@ -13,13 +13,14 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from come_pl.offload import present
 
+Weighting = Literal["inverse", "uniform"]
 GRID = tuple(10 ** (k / 2) for k in range(-7, 5))  # 0.0003 … 100
 BLOCK = 256  # rows of a sum of outer products that are computed at once, from the diagonal to the right
 
@@ -114,10 +115,10 @@ class NormalEquations:
             self._half = False
         return self._a
 
-    def summed(self, total: Callable[[Tensor], Tensor]) -> NormalEquations:
-        """With the sums of all processes; `total` adds up one tensor."""
+    def summed(self, add_up: Callable[[Tensor], None]) -> NormalEquations:
+        """With the sums of all processes; `add_up` makes one tensor that of all."""
         for values in self.sums:
-            values.copy_(total(values))
+            add_up(values)
         return self
 
     @property
@@ -184,6 +185,14 @@ class NormalEquations:
         change, split = rounded_change(change), change.shape[1] - self.bias
         bias = change[:, split].float() if self.bias else None
         return Fit(change[:, :split].float(), bias, grid[here], float(f"{error(here) / nothing:.6g}"))
+
+
+def token_weights(target: Tensor, mask: Tensor, weighting: Weighting) -> Tensor:
+    """(batch, seq): what each token counts for in a fit; 0 at padding."""
+    if weighting == "uniform":
+        return mask.float()
+    size = target.float().square().mean(-1)
+    return torch.where(mask, 1 / size.clamp(min=1e-12), 0.0)
 
 
 def add_outer(total: Tensor, rows: Tensor) -> None:

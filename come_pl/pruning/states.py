@@ -43,7 +43,8 @@ class CalibrationStates(CalibrationBatches):
         self._teacher_states: dict[int, Block] = {}  # the same of the teacher, once something asks for them
         # to this boundary the student's streams are the dense model's
         self._shared = min((lowest_changed(step) for step in self.record.steps), default=len(self.teacher))
-        self.inputs = KnownInputs(enabled=self.in_memory and not self.compile_layers)  # compiled layers run as they are
+        # compiled layers run as they are, and a device has computed them sooner than it would get them from the host
+        self.inputs = KnownInputs(self.in_memory and not self.compile_layers and self.device.type == "cpu")
 
     @property
     def in_memory(self) -> bool:

@@ -3,7 +3,8 @@
     l* = argmin_l BI_l       of the student as it is, compensated
     α  = mean_t |h_{l*+1}| / mean_t |h_{l*}|;   the stream below l* is multiplied by α, in the weights
 
-Compensation is exact for pre-norm models, up to the norms' epsilon; it is in `drops.py`, and every other method that
+Compensation is exact for pre-norm models, up to the norms' epsilon (and, of weights in half precision, a rounding for
+each drop); it is in `drops.py`, and every other method that
 drops layers takes it too (`--compensate magnitude`). Default: magnitude; none is progressive ShortGPT.
 
 Differs from the released code in: unknown, it was not read; the norm (L2 of each token, mean over tokens) is a reading

@@ -46,8 +46,7 @@ from come_pl.pruning.methods.common import check
 from come_pl.pruning.methods.drops import Planned, rounded
 from come_pl.pruning.module import NotFinite, PruningModule
 from come_pl.pruning.race import Look
-from come_pl.pruning.refit import token_weights
-from come_pl.pruning.regression import NormalEquations
+from come_pl.pruning.regression import NormalEquations, folds_of, token_weights
 from come_pl.record import Record
 from come_pl.taps import layer_run, losses_and_divergences, projection_input, stream_at
 
@@ -56,6 +55,7 @@ Costs = tuple[list[float | None], list[float | None], list[float | None]]  # see
 EVERY = 4  # positions of a window whose logits are looked at: the head is dear, and neighbours say much the same
 MASSIVE = 100.0  # mean square of a token's stream, in units of the window's median, from which it is massive
 BRIDGE = 16  # windows that Δ is solved on
+FOLDS = 2  # regressions have at least two; a sum over them is what is solved
 STRENGTH = 0.3  # λ: what the search of a repair finds for some thousand tokens; to choose layers that will do
 KEPT = 2 * 2**30  # bytes of x and Σ w x xᵀ that are kept; those of one layer are, whatever their size
 OPTIMISM = 0.9  # what a gap is taken to cost before it is measured, in units of its layers one by one
@@ -67,15 +67,11 @@ class Below:
 
     Attributes:
         x: the input of its down_proj, of each window (windows, seq, ffn).
-        a: Σ w x xᵀ (folds, ffn, ffn).
+        a: Σ w x xᵀ (FOLDS, ffn, ffn).
     """
 
     x: list[Tensor]
     a: Tensor
-
-    @property
-    def bytes(self) -> int:
-        return sum(value.nbytes for value in (*self.x, self.a))
 
 
 def _every(values: Tensor) -> Tensor:
@@ -114,6 +110,12 @@ class BridgedModel:
         self.massive = [self._massive(look) for look in self.looks]
         self._known: dict[tuple[Gap, ...], float] = {}
         self._below: dict[int, Below] = {}  # by where gaps begin
+        seqlen, ffn = module.batches[0]["input_ids"].shape[1], module.student.geometry.ffn
+        # the same on all processes, which compute what they have not kept together
+        one = 8 * FOLDS * ffn**2 + 4 * -(-(windows + bridge) // module.world) * seqlen * ffn
+        self._room = max(1, KEPT // one)
+        for index, _ in self.looks:
+            folds_of(module.batches[index], FOLDS)  # asked of the batch: parts of it have it then
 
     def _dense(self, look: Look, boundary: int) -> Tensor:
         return self.module.stream(look[0], boundary)[look[1]]
@@ -183,7 +185,7 @@ class BridgedModel:
         module, geometry = self.module, self.module.student.geometry
         below = self._dense_below(first) if streams is None else None
         equations = NormalEquations(
-            geometry.ffn, geometry.hidden, 2, False, module.device, None if below is None else below.a
+            geometry.ffn, geometry.hidden, FOLDS, False, module.device, None if below is None else below.a
         )
         found = []
         for place, look in enumerate(self.looks):
@@ -196,7 +198,7 @@ class BridgedModel:
                 self._add(equations, look, first, x, self._dense(look, end).float() - out.float())
             # an x is wide, and wanted no more once it is added up
             found.append((out, x if look in self.measured or not last else None))
-        change = equations.summed(module.sum).at(STRENGTH)
+        change = equations.summed(module.add_up).at(STRENGTH)
         return [
             out if change is None else (out.float() + x.float() @ change.T).to(out.dtype)
             for out, x in found
@@ -221,23 +223,16 @@ class BridgedModel:
         if not self.module.in_memory:
             return None
         if first not in self._below:
-            self._make_room()
+            if len(self._below) >= self._room:
+                del self._below[next(iter(self._below))]  # the oldest
             geometry = self.module.student.geometry
             inputs = [self._layer(look, first, None)[1] for look in self.looks]
-            equations = NormalEquations(geometry.ffn, 0, 2, False, self.module.device)
+            equations = NormalEquations(geometry.ffn, 0, FOLDS, False, self.module.device)
             for look, x in zip(self.looks, inputs, strict=True):
                 if look in self.solved:
                     self._add(equations, look, first, x, x[..., :0].float())
-            self._below[first] = Below(inputs, equations.summed(self.module.sum).a)
+            self._below[first] = Below(inputs, equations.summed(self.module.add_up).a)
         return self._below[first]
-
-    def _make_room(self) -> None:
-        """For one more, as large as each of them: the oldest go."""
-        while self._below:
-            oldest, below = next(iter(self._below.items()))
-            if (len(self._below) + 1) * below.bytes <= KEPT:
-                break
-            del self._below[oldest]
 
 
 def shortest_paths(depth: int, remove: int, most: int, cost: Callable[[Gap], float]) -> dict[int, list[Gap]]:

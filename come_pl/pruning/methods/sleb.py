@@ -36,8 +36,7 @@ from come_pl.pruning.methods.base import Decision, NoSite
 from come_pl.pruning.methods.common import check
 from come_pl.pruning.methods.drops import Drop, rounded
 from come_pl.pruning.module import NotFinite, PruningModule
-from come_pl.pruning.refit import token_weights
-from come_pl.pruning.regression import NormalEquations
+from come_pl.pruning.regression import NormalEquations, token_weights
 from come_pl.record import Record
 
 
@@ -125,7 +124,7 @@ class SLEB(Drop):
             batch, hidden = module.batches[number], module.stream(number, layer).float()
             target = module.teacher_stream(number, end).float() * record.scale_at(end)
             found.add_windows(batch, hidden, target - hidden, token_weights(target, batch["mask"], "inverse"))
-        return found.summed(module.sum)
+        return found.summed(module.add_up)
 
     def order(self, record: Record) -> list[int]:
         """The student layers that may go, in the order of trying, which no choice depends on."""
