@@ -201,7 +201,7 @@ def load_model(name: str, dtype: str = "auto", offload: Offload = "none", scratc
                     where.path, dtype=wanted, output_loading_info=True, **where.weights
                 )
             except (SafetensorError, OSError):
-                if not where.gguf_file and not where.pickled:
+                if where.weights.get("use_safetensors") and Path(where.path).is_dir():
                     _entries(where.path)  # says which file it is
                 raise
             model, missing = loaded[0], loaded[1]["missing_keys"]
