@@ -118,7 +118,7 @@ class Checkpoints(Callback):
         self.saved = step
         before = sorted(self.folder.glob("step=*.ckpt")) if trainer.is_global_zero else []
         new = self.folder / f"step={step}.ckpt"
-        trainer.save_checkpoint(new)
+        trainer.save_checkpoint(new, weights_only=False)  # what a run goes on from is more
         for old in before:
             if old != new:
                 trainer.strategy.remove_checkpoint(old)
