@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import math
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from come_pl.decoder import Decoder
 from come_pl.distillation import losses
 from come_pl.distillation.comparisons import KD, LM, Hybrid, LoRA
 from come_pl.distillation.layerwise import CoMeMP, CoMeSP
-from come_pl.distillation.module import Diverged, NothingToTrain
+from come_pl.distillation.module import DistillationModule, Diverged, NothingToTrain
 from come_pl.distillation.rates import PRESETS, BadRate, by_depth, cosine, learning_rates
 from come_pl.distillation.student import Misfit
 from come_pl.record import Record, Step, replay
@@ -141,6 +142,18 @@ def test_chunked_logits_are_exact_with_gradients(family: str, kind: str, monkeyp
         results.append((value.detach(), head.grad.clone(), first.clone()))  # type: ignore[union-attr]
     for chunked, whole in zip(*results):
         torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_deepspeed_clips_all_layers_together_and_mp_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+
+    monkeypatch.setattr(DistillationModule, "check_trainer", lambda self, trainer: None)
+    for strategy, value, warned in ((DeepSpeedStrategy, 1.0, 1), (DeepSpeedStrategy, None, 0), (DDPStrategy, 1.0, 0)):
+        trainer = SimpleNamespace(gradient_clip_val=value, strategy=object.__new__(strategy))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            CoMeMP().check_trainer(trainer)
+        assert len(told) == warned and all("clips the gradients of all layers together" in str(t.message) for t in told)
 
 
 @pytest.mark.parametrize("module", [lambda w: KD(label_weight=w), lambda w: Hybrid(state_weight=0, label_weight=w)])
