@@ -250,8 +250,11 @@ def _from_disk(where: Location, config: Any, dtype: torch.dtype | str, store: St
     from torch.nn.modules.module import register_module_parameter_registration_hook as on_registration
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    if where.gguf_file:
-        raise ValueError("--offload disk reads safetensors files, not GGUF; load it once and save_pretrained it first")
+    if where.gguf_file or where.pickled:
+        kind = "GGUF" if where.gguf_file else "a pickle"
+        raise ValueError(
+            f"--offload disk reads safetensors files, not {kind}; load it once and save_pretrained it first"
+        )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("--offload disk reads plain weights, not quantised ones")
     entries = _entries(where.path)

@@ -79,13 +79,14 @@ class Run:
         identity = json.loads(json.dumps(identity, default=str))  # as it will be read back
         for option, path in reads:
             self._keep_apart(option, path)
+        anew = overwrite and not main  # such a process may come before the old run is set aside
         self._claim = _Claim()
         self._take()
         try:
             self.settle()  # what a kill left
             if main and overwrite and (folder / RUN_FILE).is_file():
                 self._place.rename(self._aside)
-            if main or not overwrite:
+            if not anew:
                 self._check(identity)
             self._take()  # it may be another folder now
         except (OSError, RunError) as error:
@@ -95,8 +96,7 @@ class Run:
             if isinstance(error, OSError):
                 raise self._unwritable(error) from None
             raise
-        # a process that is not the first may come before the old run is set aside
-        self.resumed = (main or not overwrite) and (folder / RUN_FILE).is_file()
+        self.resumed = not anew and (folder / RUN_FILE).is_file()
         self.info: dict[str, Any] = {"status": "running", "identity": identity}
         if self.resumed:
             self.info = read_run(folder)
@@ -211,22 +211,20 @@ class _Claim:
 
     def take(self, folder: Path) -> bool:
         """Whether the folder is not another's; one that is not there is nobody's."""
+        if fcntl is None or not folder.is_dir() or folder.stat().st_ino in self._held:
+            return True
         try:
             descriptor = os.open(folder, os.O_RDONLY)
         except OSError:
             return True
-        number = os.fstat(descriptor).st_ino
-        if number not in self._held:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(descriptor)
-                return False
-            except (OSError, AttributeError):
-                pass
-            self._held[number] = weakref.finalize(self, os.close, descriptor)
-        else:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             os.close(descriptor)
+            return False
+        except OSError:
+            pass
+        self._held[os.fstat(descriptor).st_ino] = weakref.finalize(self, os.close, descriptor)
         return True
 
     def free(self) -> None:

@@ -186,6 +186,26 @@ def test_a_page_is_whole_and_needs_nothing_else(runs: dict[str, Path], name: str
         assert embedded[file.read_bytes()]["alt"] == words and words.startswith(title) and len(title) > 20
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "compared"),
+    [
+        ({}, {}, True),
+        ({"fingerprint": "a"}, {"fingerprint": "a"}, True),
+        ({}, {"fingerprint": "a"}, True),  # of an earlier version
+        ({"fingerprint": "a"}, {"fingerprint": "b"}, False),
+        ({}, {"tokens": 64}, False),
+    ],
+)
+def test_what_was_measured_on_other_windows_is_not_compared(
+    tmp_path: Path, before: dict[str, Any], after: dict[str, Any], compared: bool
+) -> None:
+    parent = pruned(tmp_path / "p", perplexity={"held.txt": PERPLEXITY | before})
+    end = {"tokens": PERPLEXITY["tokens"], "seqlen": PERPLEXITY["seqlen"], "after": 60.0}
+    folder = distilled(tmp_path / "d", parent, perplexity={"held.txt": end | after})
+    row = read_story(folder).perplexity["held.txt"]
+    assert row["recovered"] == 60.0 and ({"dense", "pruned"} <= row.keys()) == compared
+
+
 def test_what_it_says_of_a_recovered_run(runs: dict[str, Path]) -> None:
     story = read_story(runs["full"])
     said = summary(story)

@@ -494,6 +494,8 @@ def test_a_pickle_is_read_where_it_is_named(
     assert "a pickle (.bin) is" in refuse(capsys, monkeypatch, *basic(folder, text, tmp_path / "run"))
     state, expected = (load_model(str(path)).state_dict() for path in (named, tiny))
     assert all(torch.equal(state[name], value) for name, value in expected.items())
+    with pytest.raises(ModelError, match="--offload disk reads safetensors files, not a pickle"):
+        load_model(str(named), offload="disk")
     for content, said in ((b"", "damaged or cut short"), (b"PK\x03\x04" + bytes(99), "PytorchStreamReader failed")):
         named.write_bytes(content)
         with pytest.raises(ModelError, match=f"cannot be read: .*{said}"):

@@ -183,6 +183,10 @@ def test_a_link_is_followed_once(old: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("come_pl.models.load_config", lambda path: None)
     subject = read_subject("latest")
     assert subject.run == Path("run") and subject.path == "run"
+    link = old.parent / "model.gguf"  # as a hub's cache has it: to a file of another name
+    link.symlink_to("run/record.jsonl")
+    subject = read_subject("model.gguf")
+    assert subject.run is None and subject.path == "model.gguf"
     Run(Path("run"), {"seed": 1}).update(groups=[[0, 1]], model={"path": "dense", "layers": 2})
     assert read_pruned("latest").folder == Path("run")
 

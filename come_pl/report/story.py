@@ -90,7 +90,8 @@ class Story:
         for index, (_, info) in enumerate(self.chain):
             for text, entry in (info.get("perplexity") or {}).items():
                 row = found.setdefault(text, {})
-                if any(row.get(key, entry.get(key)) != entry.get(key) for key in ("tokens", "seqlen")):
+                told = row.keys() & entry.keys() & {"tokens", "seqlen", "fingerprint"}
+                if any(row[key] != entry[key] for key in told):
                     row.clear()  # measured anew on other tokens: only what can be compared stays
                 for key, value in entry.items():
                     stage = names.get(key, key)

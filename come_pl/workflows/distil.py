@@ -135,8 +135,8 @@ def distil(
                 checkpoints=written,
             )
             known = run.info.get("perplexity") or _known(pruned, texts, path)
-            known = measure(move(dense_model, device), texts, "dense", known)
-            known = measure(student_model.to(device), texts, "before", known)
+            known = measure(dense_model, texts, "dense", known, device)
+            known = measure(student_model, texts, "before", known, device)
             if known != run.info.get("perplexity"):  # another text than before it was cut off, or the first time
                 run.update(perplexity=known)
         module.attach(dense_model, student_model, pruned.groups, pruned.scales)

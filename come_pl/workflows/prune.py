@@ -161,7 +161,7 @@ def prune(
         device = trainer.strategy.root_device
         if main:
             meter, before = Meter(device), run.info.get("perplexity")
-            known = measure(move(model, device), texts, "dense", before)
+            known = measure(model, texts, "dense", before, device)
             if known != before:  # the first time, or another text than before the run was cut off
                 seconds = {"load": round(loading, 2), "dense_perplexity": round(meter.seconds, 2)}
                 run.info.pop("depths", None)

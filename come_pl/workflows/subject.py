@@ -47,10 +47,9 @@ class Subject:
 def read_subject(path: str) -> Subject:
     """Raises RunError: a run folder without a model. ModelError: nothing that can be loaded."""
     folder = Path(path).expanduser()
-    if folder.is_symlink():
-        folder = followed(folder)
-        path = str(folder)
-    run = folder if (folder / RUN_FILE).is_file() else None
+    run = followed(folder) if (folder / RUN_FILE).is_file() else None
+    if run and run != folder:
+        folder, path = run, str(run)
     if run and not (folder / "model" / "config.json").is_file():
         removed = read_run(folder).get("model_removed")
         state = f"removed {removed}" if removed else "let its run finish first"

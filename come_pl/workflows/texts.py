@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from come_pl.data import TokenWindows, token_windows
 from come_pl.evaluation.perplexity import perplexity
+from come_pl.offload import move
 
 
 @dataclass
@@ -37,11 +40,18 @@ def evaluation_windows(evaluation: EvaluationText, tokenizer: Any, bos: bool, se
 
 
 def measure(
-    model: Any, texts: Mapping[str, TokenWindows], which: str, so_far: Mapping[str, Any] | None = None
+    model: Any,
+    texts: Mapping[str, TokenWindows],
+    which: str,
+    so_far: Mapping[str, Any] | None = None,
+    device: torch.device | None = None,
 ) -> dict[str, dict[str, Any]]:
     """What `so_far` has of these windows, with the perplexity of `model` added as `which` for each text without it.
 
     An entry: {"tokens": predicted tokens, "seqlen": …, "fingerprint": of the windows, which: perplexity, …}.
+
+    Args:
+        device: where the model goes first, if there is anything to measure.
     """
     entries = {}
     for name, windows in texts.items():
@@ -49,6 +59,8 @@ def measure(
         entry = entries[name] = dict(entry) if measured_on(windows, entry) else {}
         if which in entry:
             continue
+        if device is not None:
+            move(model, device)
         found = perplexity(model, windows.input_ids, windows.mask, title=f"{which} perplexity on {Path(name).name}")
         entry |= {"tokens": found.tokens, "seqlen": windows.input_ids.shape[1], "fingerprint": windows.fingerprint}
         entry[which] = round(found.token, 4)

@@ -4,8 +4,8 @@
     α  = mean_t |h_{l*+1}| / mean_t |h_{l*}|;   the stream below l* is multiplied by α, in the weights
 
 Compensation is exact for pre-norm models, up to the norms' epsilon (and, of weights in half precision, a rounding for
-each drop); it is in `drops.py`, and every other method that
-drops layers takes it too (`--compensate magnitude`). Default: magnitude; none is progressive ShortGPT.
+each drop); it is in `drops.py`, and every other method that drops layers takes it too (`--compensate magnitude`).
+Default: magnitude; none is progressive ShortGPT.
 
 Differs from the released code in: unknown, it was not read; the norm (L2 of each token, mean over tokens) is a reading
 of the paper. With tied embeddings the final norm takes 1/α, so that the head stays what it was.

@@ -212,11 +212,14 @@ class BridgedModel:
     def _layer(self, look: Look, first: int, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         """(output of the layer below a gap, input of its down_proj) on the stream `hidden`, by default the dense one,
         whose output is known."""
-        student, path = self.module.student, self.module.student.family.mlp_output
-        if hidden is not None:
-            return layer_run(student, first - 1, path, *self._inputs(look), hidden)
-        hidden = self._dense(look, first - 1)
-        return self._dense(look, first), projection_input(student, first - 1, path, *self._inputs(look), hidden)
+        if hidden is None:
+            return self._dense(look, first), self._dense_x(look, first)
+        student = self.module.student
+        return layer_run(student, first - 1, student.family.mlp_output, *self._inputs(look), hidden)
+
+    def _dense_x(self, look: Look, first: int) -> Tensor:
+        student, hidden = self.module.student, self._dense(look, first - 1)
+        return projection_input(student, first - 1, student.family.mlp_output, *self._inputs(look), hidden)
 
     def _dense_below(self, first: int) -> Below | None:
         """What all gaps that begin there have in common; None where there is no memory for it."""
@@ -226,7 +229,7 @@ class BridgedModel:
             if len(self._below) >= self._room:
                 del self._below[next(iter(self._below))]  # the oldest
             geometry = self.module.student.geometry
-            inputs = [self._layer(look, first, None)[1] for look in self.looks]
+            inputs = [self._dense_x(look, first) for look in self.looks]
             equations = NormalEquations(geometry.ffn, 0, FOLDS, False, self.module.device)
             for look, x in zip(self.looks, inputs, strict=True):
                 if look in self.solved:
