@@ -36,16 +36,19 @@ EVALUATION ?= embedded
 compare: env
 	$(BIN)/python -m come_pl.compare --depths 27 24 21 --calibration $(CALIBRATION) --evaluation $(EVALUATION)
 
-# what each part of the repair brings, beside repaired drops
+# what each part of the repair brings, beside repaired drops; TASKS="arc_easy piqa" LIMIT=100: their scores, too
 ABLATION := concat_merge come:refit=none,norm=dominant come:refit=none,norm=fold come:refit=none \
 	come come:refit=both come:sweep=1 come:select=local come:select=loss \
 	shortgpt shortgpt:refit=down shortgpt:refit=all prune_comp prune_comp:refit=down prune_comp:refit=all \
 	prune_comp:refit=all,final=false prune_comp:refit=all,ahead=0,final=false prune_comp:refit=all,weighting=uniform \
 	sleb sleb:refit=down replaceme shortest_path shortest_path:refit=all shortest_path:refit=all,last=0 \
-	shortest_path:refit=all,channels=own,last=0
+	shortest_path:refit=all,channels=own,last=0 \
+	$(foreach n,4096 16384 65536,shortest_path:refit=all,tokens=$(n) come:tokens=$(n) shortgpt:refit=down,tokens=$(n))
+TASKS ?=
+LIMIT ?= 100
 ablation: env
 	$(BIN)/python -m come_pl.compare --depths 27 24 21 --calibration $(CALIBRATION) --evaluation $(EVALUATION) \
-		--methods $(ABLATION) --output runs/ablation
+		--methods $(ABLATION) $(if $(TASKS),--tasks $(TASKS) --limit $(LIMIT)) --output runs/ablation
 
 recover: env
 	$(BIN)/python -m benchmarks.recover

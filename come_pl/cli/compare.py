@@ -9,7 +9,7 @@ from come_pl.cli import prune as prune_cli
 from come_pl.cli.common import call, configs, guarded, normalise, quiet
 
 SWITCHES = {"--keep_models", "--overwrite"}
-LISTS = {"--methods", "--depths", "--evaluation"}
+LISTS = {"--methods", "--depths", "--evaluation", "--tasks"}
 SET_HERE = {  # what must be the same for every run, by the name that this command has for it
     "--method.name": "--methods",
     "--target_layers": "--depths",
@@ -62,5 +62,5 @@ def _compare() -> None:
         "go to each run of prune.py as they are (-- --model.dtype bfloat16).",
         passed=passed,
     )
-    if any(row["status"] != "finished" for row in done):
+    if any(row["status"] != "finished" or row.get("error") for row in done):
         raise SystemExit(1)

@@ -113,8 +113,8 @@ def _prune() -> None:
                 "--continue_saving",
                 type=bool,
                 default=False,
-                help="Save the model of every depth on the way. What is repaired at the end only (--refit_when end, "
-                "--refit_final) is not repaired in these.",
+                help="Save the model of every depth on the way, or of those that --evaluation.at measures. What is "
+                "repaired at the end only (--refit_when end, --refit_final) is not repaired in these.",
             )
             parser.add_argument(
                 "--method.name",

@@ -28,13 +28,24 @@ def by_text(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
 
 def ground(rows: Sequence[Row], settings: Mapping[str, Any], text: str) -> str:
     """What every run had in common."""
-    done = next((row for row in rows if row["status"] == "finished"), None)
-    words = f"Calibrated on {done['calibration_tokens'] if done else settings['tokens']} tokens of "
+    done = [row for row in rows if row["status"] == "finished"]
+    tokens = sorted({row["calibration_tokens"] for row in done}) or [settings["tokens"]]
+    words = f"Calibrated on {' to '.join(map(str, dict.fromkeys((tokens[0], tokens[-1]))))} tokens of "
     words += f"{Path(settings['calibration']).name} (windows of {settings['seqlen']}, seed {settings['seed']})"
     if done:
-        words += f"; perplexity on {done['evaluation_tokens']} held-out tokens of {Path(text).name}"
-        words += f", dense {number(done['dense'])}"
+        words += f"; perplexity on {done[0]['evaluation_tokens']} held-out tokens of {Path(text).name}"
+        words += f", dense {number(done[0]['dense'])}"
     return words + "."
+
+
+def asked(rows: Sequence[Row], settings: Mapping[str, Any]) -> str:
+    """What the scores of tasks are of; empty: no run has one."""
+    scored = next((row for row in rows if "score" in row), None)
+    if scored is None:
+        return ""
+    limit = f", {settings['limit']} questions of each" if settings.get("limit") else ""
+    words = f" Tasks: mean score of {', '.join(scored['tasks'])}{limit}; dense {100 * scored['dense_score']:.1f} %"
+    return words + f"; one standard error is about {100 * scored['score_stderr']:.1f}."
 
 
 def plots(rows: Sequence[Row], settings: Mapping[str, Any], folder: Path, before: str = "") -> list[Path]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from come_pl.report.methods import Row, by_text, ground
+from come_pl.report.methods import Row, asked, by_text, ground
 from come_pl.report.story import STAGES, Story, Tile, method_name, times
 from come_pl.report.style import amount, number, plural
 
@@ -220,7 +220,8 @@ def settings_of(settings: Mapping[str, Any]) -> list[Table]:
 
 def comparison(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[Table]:
     columns = ["method", "layers", "× dense", "seconds", "perplexity", "quality kept", "peak GiB"]
-    found = []
+    found, tasks = [], asked(rows, settings)
+    columns += ["tasks", "tasks kept"] if tasks else []
     for text, chosen in by_text(rows):
         cells = []
         for row in sorted(chosen, key=lambda r: (-r["layers"], r.get("times_dense") or math.inf)):
@@ -228,11 +229,13 @@ def comparison(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[Table]:
             if row["status"] == "finished":
                 values = [number(row["times_dense"]), number(row["seconds"], 1), number(row["perplexity"])]
                 values += [_percent(row["quality_kept"]), number(row["peak_gib"])]
+            if tasks:
+                values += [_percent(row.get("score")), _percent(row.get("score_kept"))]
             cells.append([row["method"], str(row["layers"]), *values])
-        note = ground(chosen, settings, text) + " Quality kept: dense perplexity / perplexity."
+        note = ground(chosen, settings, text) + " Quality kept: dense perplexity / perplexity." + tasks
         found += _tables(Table(f"Every run, on {Path(text).name}", columns, cells, note))
-    failed = [[r["method"], str(r["layers"]), str(r["error"])] for r in rows if r["status"] != "finished"]
-    return found + _tables(Table("Runs that failed", ["method", "layers", "why"], failed, heads=3))
+    failed = [[r["method"], str(r["layers"]), str(r["error"])] for r in rows if r.get("error")]
+    return found + _tables(Table("What failed", ["method", "layers", "why"], failed, heads=3))
 
 
 def comparison_tiles(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[Tile]:

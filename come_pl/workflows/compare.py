@@ -20,6 +20,7 @@ from come_pl.report.style import number
 from come_pl.runs import RUN_FILE, RunError, digest, read_run, target_depth
 from come_pl.workflows.comparison import write_tables
 from come_pl.workflows.report import finish
+from come_pl.workflows.scores import Scoring
 from come_pl.workflows.tables import write_json
 
 ROOT = Path("runs/compare")
@@ -33,6 +34,7 @@ OF_RUNS = {
     "channels": "--refit.channels",
     "final": "--refit.final",
     "last": "--refit.last",
+    "tokens": "--data.tokens",
 }
 DEPTHS = (0.9, 0.8, 0.7)  # of the model's layers, where no depths are given
 
@@ -106,6 +108,9 @@ def compare(
     seqlen: int = 512,
     evaluation: list[str] | None = None,
     evaluation_tokens: int = 16384,
+    tasks: list[str] | None = None,
+    include_path: Path | None = None,
+    limit: int | None = None,
     seed: int = 0,
     output: Path = ROOT,
     keep_models: bool = False,
@@ -116,17 +121,22 @@ def compare(
 
     A run that is finished is not run again, one that was cut off goes on; one that fails is reported and the others
     run. So the same command goes on after a kill, and another one with more methods adds to the table. A method whose
-    steps do not depend on where it is to stop runs once, to the least depth, and is measured on its way there.
+    steps do not depend on where it is to stop runs once, to the least depth, and is measured on its way there. The
+    dense model is measured by the first run alone.
 
     Args:
         methods: Methods, each NAME or NAME:OPTION=VALUE,OPTION=VALUE (`come:rho=0.5,label=half`); all by default.
         depths: Depths to prune to; 0.9, 0.8 and 0.7 of the model's layers by default.
         model: The dense model: `embedded`, a folder, a .gguf file or a hub id.
         calibration: Text source that every method measures the model on.
-        tokens: Calibration tokens, the same for every method.
+        tokens: Calibration tokens, the same for every method but those with `tokens=…` among their options.
         seqlen: Tokens in a window.
         evaluation: Held-out text sources; `embedded` by default.
         evaluation_tokens: Tokens of each.
+        tasks: Tasks or groups of lm-eval that every model and the dense one are asked, NAME or NAME=SHOTS; none by
+            default.
+        include_path: Folder with lm-eval task files of one's own.
+        limit: Questions of each task (each subject of MMLU); all by default.
         seed: Seed of everything random.
         output: Folder of the table, the plots, `runs/` (a run folder each) and `logs/` (what each run printed).
         keep_models: Keep the pruned models, of a run through several depths the last. By default the model/ of a run is
@@ -157,6 +167,10 @@ def compare(
         "--seed": seed,
     }
     shared = [*(f"{name}={value}" for name, value in common.items()), *passed]
+    if limit is not None and limit < 1:
+        raise RunError(f"limit {limit}: expected at least 1")
+    asked = list(dict.fromkeys(tasks or ()))
+    scoring = Scoring(asked, include_path, limit, model, output / "cache", _start) if asked else None
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -170,31 +184,44 @@ def compare(
         "tokens": tokens,
         "seqlen": seqlen,
         "evaluation": texts,
+        "tasks": asked,
+        "limit": limit,
         "seed": seed,
         "passed": list(passed),
         "command": " ".join(["come-compare", *sys.argv[1:]]),
     }
     order = {contender.label: place for place, contender in enumerate(contenders)}
     rows: list[dict[str, Any]] = []
-    pairs = [(contender, depth) for contender in contenders for depth in reversed(targets)]
-    deepest: dict[str, Path] = {}
-    for index, (contender, depth) in enumerate(pairs, 1):
-        print(f"[{index}/{len(pairs)}] {contender.label} → {depth} of {layers} layers", end=" … ", flush=True)
-        failure, folder = None, deepest.get(contender.label)
-        if folder is None or str(depth) not in read_run(folder).get("depths", {}):
-            arguments = [*contender.arguments, f"--target_layers={depth}", *shared]
-            name = f"{contender.name}-{depth}-{digest({'arguments': sorted(arguments)})}"
-            folder, log = output / "runs" / name, output / "logs" / f"{name}.log"
-            if depth == targets[-1] and len(targets) > 1:
-                arguments.append(f"--evaluation.at={targets[:-1]}")
-            failure = _one(folder, log, arguments, keep=keep_models, overwrite=overwrite)
-            if failure is None and depth == targets[-1]:
-                deepest[contender.label] = folder
-        found = _rows(contender, depth, folder, texts, failure)
-        print(_said(found[0]), flush=True)
-        rows += found
-        rows.sort(key=lambda row: (-row["layers"], order[row["method"]]))
-        write_tables(rows, settings, output)
+    done: Path | None = None  # a run that knows the dense model's perplexity
+    for index, contender in enumerate(contenders):
+        deepest: Path | None = None
+        folders = []
+        for place, depth in enumerate(reversed(targets), 1):
+            count = f"[{index * len(targets) + place}/{len(contenders) * len(targets)}]"
+            print(f"{count} {contender.label} → {depth} of {layers} layers", end=" … ", flush=True)
+            failure, folder = None, deepest
+            if folder is None or str(depth) not in read_run(folder).get("depths", {}):
+                arguments = [f"--target_layers={depth}", *_without(shared, contender.arguments), *contender.arguments]
+                name = f"{contender.name}-{depth}-{digest({'arguments': sorted(arguments)})}"
+                folder, log = output / "runs" / name, output / "logs" / f"{name}.log"
+                arguments += _of_this_command(targets, depth, scoring, None if done == folder else done)
+                anew = overwrite or _lacks(folder, targets, keep_models, scoring)
+                failure = _one(folder, log, arguments, anew=anew)
+                folders.append(folder)
+                if failure is None:
+                    done = folder
+                    deepest = folder if depth == targets[-1] else deepest
+            unscored = None
+            if scoring is not None and failure is None:
+                unscored = scoring.score(folder, depth, output / "logs" / f"{folder.name}-tasks-{depth}.log")
+            found = _rows(contender, depth, folder, texts, failure, scoring, unscored)
+            print(_said(found[0]), flush=True)
+            rows += found
+            rows.sort(key=lambda row: (-row["layers"], order[row["method"]]))
+            write_tables(rows, settings, output)
+        for folder in folders:
+            if not keep_models:
+                _remove_models(folder)
     _same_ground(rows)
     write_tables(rows, settings, output)
     finish(output)
@@ -210,31 +237,52 @@ def _finished(folder: Path) -> bool:
         return False
 
 
-def _one(folder: Path, log: Path, arguments: Sequence[str], *, keep: bool, overwrite: bool) -> str | None:
-    """One run of prune.py, unless it is finished; its last error line if it fails."""
-    anew = overwrite or (keep and _finished(folder) and not (folder / "model").is_dir())
-    if anew or not _finished(folder):
-        error = _start(
-            [*arguments, f"--output={folder}", "--samples=false", *(["--overwrite=true"] if anew else [])], log
-        )
-        if error is None and not _finished(folder):
-            error = "stopped before its target"
-        if error is not None:
-            return error
-    if not keep and (folder / "model").is_dir():
-        info = read_run(folder) | {"model_removed": "by come-compare; --keep_models keeps it"}
-        write_json(folder / RUN_FILE, info)
-        for saved in folder.glob("model*"):
-            if saved.is_dir():
-                shutil.rmtree(saved)
-    return None
+def _without(arguments: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The arguments, as --NAME=VALUE, without those that the others give."""
+    names = {word.partition("=")[0] for word in others}
+    return [word for word in arguments if word.partition("=")[0] not in names]
 
 
-def _start(arguments: Sequence[str], log: Path) -> str | None:
+def _of_this_command(targets: Sequence[int], depth: int, scoring: Scoring | None, done: Path | None) -> list[str]:
+    """Further arguments of a run, which do not make it another one."""
+    found = ["--samples=false"]
+    if depth == targets[-1] and len(targets) > 1:
+        found += [f"--evaluation.at={list(targets[:-1])}", *(["--continue_saving=true"] if scoring else [])]
+    return found + ([f"--evaluation.dense_from={done}"] if done else [])
+
+
+def _lacks(folder: Path, targets: Sequence[int], keep: bool, scoring: Scoring | None) -> bool:
+    """Whether a run is finished and does not have what is asked for."""
+    if not _finished(folder):
+        return False
+    info = read_run(folder)
+    depths = {info["target_layers"], *map(int, info.get("depths", {}))} & set(targets)
+    return (keep and not (folder / "model").is_dir()) or (scoring is not None and scoring.missing(folder, depths))
+
+
+def _one(folder: Path, log: Path, arguments: Sequence[str], *, anew: bool) -> str | None:
+    """One run of prune.py, unless it is finished and not to be run anew; its last error line if it fails."""
+    if _finished(folder) and not anew:
+        return None
+    error = _start([*arguments, f"--output={folder}", *(["--overwrite=true"] if anew else [])], log)
+    return error or (None if _finished(folder) else "stopped before its target")
+
+
+def _remove_models(folder: Path) -> None:
+    if not _finished(folder):
+        return
+    saved = [path for path in folder.glob("model*") if path.is_dir()]
+    if saved:
+        write_json(folder / RUN_FILE, read_run(folder) | {"model_removed": "by come-compare; --keep_models keeps it"})
+    for path in saved:
+        shutil.rmtree(path)
+
+
+def _start(arguments: Sequence[str], log: Path, module: str = "come_pl.cli.prune") -> str | None:
     """A process of its own: its memory peak is the method's, and a crash takes nothing else down."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "wb") as file:
-        command = [sys.executable, "-m", "come_pl.cli.prune", *arguments]
+        command = [sys.executable, "-m", module, *arguments]
         code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT).returncode
     if code == 0:
         return None
@@ -242,13 +290,24 @@ def _start(arguments: Sequence[str], log: Path) -> str | None:
         return f"killed by signal {-code}" + (" (out of memory?)" if code == -9 else "")
     lines = [line.strip() for line in re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace"))]
     lines = [line for line in lines if line]
-    named = [line for line in lines if line.startswith("error:")]
-    return (named or lines or [f"exit code {code}"])[-1].removeprefix("error: ")
+    named = [line for line in lines if line.startswith(("error:", "failed:"))]
+    return (named or lines or [f"exit code {code}"])[-1].removeprefix("error: ").removeprefix("failed: ")
 
 
 def _rows(
-    contender: Contender, depth: int, folder: Path, texts: Sequence[str], error: str | None
+    contender: Contender,
+    depth: int,
+    folder: Path,
+    texts: Sequence[str],
+    error: str | None,
+    scoring: Scoring | None = None,
+    unscored: str | None = None,
 ) -> list[dict[str, Any]]:
+    """A row for each text.
+
+    Args:
+        error, unscored: why there is no model, or why its tasks have no score.
+    """
     head: dict[str, Any] = {
         "method": contender.label,
         "layers": depth,
@@ -267,6 +326,8 @@ def _rows(
         "peak_gib": found["peak_gib"],
         "calibration_tokens": info["data"]["tokens"],
         "fingerprints": [info["model"]["fingerprint"], info["data"]["fingerprint"]],
+        **(scoring.known(folder, depth) if scoring else {}),
+        **({"error": f"tasks: {unscored}"} if unscored else {}),
     }
     return [head | {"text": text} | measures | quality(found["perplexity"][text]) for text in texts]
 
@@ -286,18 +347,26 @@ def quality(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def _same_ground(rows: list[dict[str, Any]]) -> None:
     """Marks runs of an earlier day whose model or calibration tokens are not those of the others (a file changed)."""
-    finished = [row for row in rows if row["status"] == "finished"]
-    if not finished:
-        return
-    marks = [tuple(row["fingerprints"]) for row in finished]
-    usual = max(marks, key=marks.count)
-    for row, mark in zip(finished, marks, strict=True):
-        if mark != usual:
-            what = "model" if mark[0] != usual[0] else "calibration tokens"
-            row |= {"status": "failed", "error": f"not the {what} of the other runs; --overwrite runs all again"}
+    for place, what in enumerate(("model", "calibration tokens")):
+        groups: dict[Any, list[dict[str, Any]]] = {}
+        for row in rows:
+            if row["status"] == "finished":  # as many tokens of one text are the same
+                groups.setdefault(row["options"].get("tokens") if place else None, []).append(row)
+        for group in groups.values():
+            marks = [row["fingerprints"][place] for row in group]
+            usual = max(marks, key=marks.count)
+            for row, mark in zip(group, marks, strict=True):
+                if mark != usual:
+                    row |= {
+                        "status": "failed",
+                        "error": f"not the {what} of the other runs; --overwrite runs all again",
+                    }
 
 
 def _said(row: Mapping[str, Any]) -> str:
     if row["status"] != "finished":
         return f"failed: {row['error']}"
-    return f"{number(row['times_dense'])} × dense perplexity, {row['seconds']:.0f} s, {row['peak_gib']:.2f} GiB"
+    said = f"{number(row['times_dense'])} × dense perplexity, {row['seconds']:.0f} s, {row['peak_gib']:.2f} GiB"
+    if "score" in row:
+        said += f", tasks {100 * row['score']:.1f} % (dense {100 * row['dense_score']:.1f})"
+    return said + (f"; {row['error']}" if row.get("error") else "")

@@ -26,7 +26,7 @@ from come_pl.report.style import number
 from come_pl.runs import RunError
 from come_pl.windows import check_readable
 from come_pl.workflows.subject import described, device_of, read_pair
-from come_pl.workflows.tables import markdown, write_json
+from come_pl.workflows.tables import markdown, percent, write_json
 
 ROOT = Path("runs/eval")
 
@@ -298,7 +298,7 @@ def report(info: Mapping[str, Any]) -> str:
             row = [Path(text).name, mine["tokens"], number(mine["token"]), number(mine["word"])]
             if both:
                 theirs = entry["dense"]
-                row += [number(theirs["token"]), number(theirs["word"]), _percent(entry["quality_kept"])]
+                row += [number(theirs["token"]), number(theirs["word"]), percent(entry["quality_kept"])]
                 row.append(number(mine["kl"], 3))
             rows.append(row)
         way = f"strided by {settings['stride']}" if settings["stride"] else "one after the other"
@@ -309,18 +309,14 @@ def report(info: Mapping[str, Any]) -> str:
         rows = []
         for name, task in info["tasks"].items():
             row = [name, task["shots"], task["model"]["metric"], task["model"]["samples"], _score(task["model"])]
-            rows.append(row + ([_score(task["dense"]), _percent(task["kept"])] if both else []))
+            rows.append(row + ([_score(task["dense"]), percent(task["kept"])] if both else []))
         mean = info["average"]
         row = ["average", "", "", "", _score(mean["model"])]
-        rows.append(row + ([_score(mean["dense"]), _percent(mean["kept"])] if both else []))
+        rows.append(row + ([_score(mean["dense"]), percent(mean["kept"])] if both else []))
         lines.append(markdown(columns, rows))
         lines.append(f"lm-eval {info['versions']['lm_eval']}; ± is one standard error.\n")
     lines += [f"Failed: {line}\n" for line in info["failed"].values()]
     return "\n".join(lines)
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f} %"
 
 
 def _score(score: Mapping[str, Any]) -> str:

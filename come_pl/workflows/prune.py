@@ -26,11 +26,11 @@ from come_pl.pruning.module import PruningModule
 from come_pl.pruning.refit import Refit
 from come_pl.record import Meter, Record
 from come_pl.report.style import amount, number
-from come_pl.runs import RUN_FILE, Run, RunError, check_space, digest, target_depth
+from come_pl.runs import RUN_FILE, Run, RunError, check_space, digest, read_run, target_depth
 from come_pl.windows import check_readable
 from come_pl.workflows.card import licence_files, pruned_card
 from come_pl.workflows.report import ask, finish
-from come_pl.workflows.texts import EvaluationText, evaluation_windows, measure
+from come_pl.workflows.texts import EvaluationText, dense_of, evaluation_windows, measure
 
 ROOT = Path("runs/prune")
 SCRATCH = ".scratch"  # in the run folder: what is not in memory, one folder a process
@@ -102,6 +102,9 @@ def prune(
         raise RunError(f"--resume: {str(output)!r} holds no run to go on with; run without --resume")
     reads = [("--model.path", module.path), ("--data.calibration", data.calibration)]
     reads += [("--evaluation.data", text) for text in evaluation.data]
+    if evaluation.dense_from is not None:
+        read_run(Path(evaluation.dense_from).expanduser())
+        reads.append(("--evaluation.dense_from", evaluation.dense_from))
     run = Run(output, identity, overwrite=overwrite, main=main, reads=reads)
     if run.finished:
         print(f"{output} is finished already; --overwrite runs it again")
@@ -114,7 +117,9 @@ def prune(
         loading = meter.seconds
         size = next(model.parameters()).element_size()
         bytes_left = models.parameter_count(model) * size
-        needed = 1.1 * bytes_left * ((config.num_hidden_layers - target) if continue_saving else 1)
+        saves = on_the_way if evaluation.at else set(range(target + 1, config.num_hidden_layers))
+        saves = {depth for depth in saves if continue_saving and depth > target}
+        needed = 1.1 * bytes_left * (1 + len(saves))
         if module.offload == "disk" or retires(chosen, refit):  # new layers, or dense ones: at most all
             needed += bytes_left
         if module.cache == "disk":  # streams of the dense model and of the pruned one
@@ -161,8 +166,10 @@ def prune(
         device = trainer.strategy.root_device
         if main:
             meter, before = Meter(device), run.info.get("perplexity")
+            if before is None and evaluation.dense_from is not None:
+                before = dense_of(evaluation.dense_from, run.info["model"])
             known = measure(model, texts, "dense", before, device)
-            if known != before:  # the first time, or another text than before the run was cut off
+            if known != run.info.get("perplexity"):  # the first time, or another text than before it was cut off
                 seconds = {"load": round(loading, 2), "dense_perplexity": round(meter.seconds, 2)}
                 run.info.pop("depths", None)
                 run.update(perplexity=known, seconds=seconds)
@@ -175,7 +182,7 @@ def prune(
         def after_step(_: PruningModule) -> None:
             run.settle()
             folder = output / f"model-{record.layers}"
-            if continue_saving and record.layers > target and not folder.exists():
+            if record.layers in saves and not folder.exists():
                 save(folder, None)
             depths = run.info.get("depths", {})
             if record.layers in on_the_way and record.layers > target and str(record.layers) not in depths:

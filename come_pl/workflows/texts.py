@@ -12,6 +12,7 @@ import torch
 from come_pl.data import TokenWindows, token_windows
 from come_pl.evaluation.perplexity import perplexity
 from come_pl.offload import move
+from come_pl.runs import read_run
 
 
 @dataclass
@@ -24,12 +25,15 @@ class EvaluationText:
         seqlen: Tokens in a window; by default that of calibration.
         at: Depths on the way that it is measured at too, where a run to that depth would give the same model (not by
             methods that need to know the last depth, nor with repairs that come at the end).
+        dense_from: A run folder whose perplexity of the dense model is taken instead of measured again, where model,
+            dtype and windows are the same.
     """
 
     data: list[str] = field(default_factory=lambda: ["embedded"])
     tokens: int = 16384
     seqlen: int | None = None
     at: list[int] = field(default_factory=list)
+    dense_from: str | None = None
 
 
 def evaluation_windows(evaluation: EvaluationText, tokenizer: Any, bos: bool, seqlen: int) -> dict[str, TokenWindows]:
@@ -65,6 +69,27 @@ def measure(
         entry |= {"tokens": found.tokens, "seqlen": windows.input_ids.shape[1], "fingerprint": windows.fingerprint}
         entry[which] = round(found.token, 4)
     return entries
+
+
+def dense_of(run: str, model: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What another run knows of a dense model, as entries of `measure`; nothing of another model or dtype.
+
+    Args:
+        model: fingerprint and dtype, as a `run.json` has them.
+
+    Raises:
+        RunError: no run there.
+    """
+    info = read_run(Path(run).expanduser())
+    theirs = info.get("model") or {}
+    if any(theirs.get(name) != model[name] for name in ("fingerprint", "dtype")):
+        return {}
+    known = info.get("perplexity") or {}
+    return {
+        text: {name: value for name, value in entry.items() if name != "pruned"}
+        for text, entry in known.items()
+        if "fingerprint" in entry
+    }
 
 
 def measured_on(windows: TokenWindows, entry: Mapping[str, Any]) -> bool:
