@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from cli import exit_code
 from conftest import save_tiny, tiny_text
+from PIL import Image
 from questions import questions
 from test_compare import arguments, compared, table
 
@@ -80,6 +81,10 @@ def test_every_depth_is_asked_once_and_no_model_is_left(
     page = (tmp_path / "out" / "comparison.md").read_text()
     assert "| tasks | tasks kept |" in page and "mean score of tiny_choice, mmlu_tiny, 6 questions of each" in page
     assert "tasks kept" in (tmp_path / "out" / "report.html").read_text()
+    with Image.open(tmp_path / "out" / "tasks.png") as image:
+        best = max((row for row in rows.values() if row["layers"] == "4"), key=lambda row: float(row["score"]))
+        assert f" answers most, {100 * float(best['score']):.1f} % at 4 of 6 layers; dense" in image.info["Title"]
+        assert "come refit=down: 5 layers " in image.info["Description"]
 
     started.clear()
     assert compared(monkeypatch, *words) == 0 and not started  # all is known, without a model

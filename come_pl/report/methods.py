@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +49,16 @@ def asked(rows: Sequence[Row], settings: Mapping[str, Any]) -> str:
 
 
 def plots(rows: Sequence[Row], settings: Mapping[str, Any], folder: Path, before: str = "") -> list[Path]:
-    """`comparison.png` and `seconds.png` for the first evaluation text, `comparison-2.png` … for the second; none
-    without a result. `before`: what the names begin with."""
+    """`comparison.png` and `seconds.png` for the first evaluation text, `comparison-2.png` … for the second, and of
+    tasks `tasks.png`; none without a result. `before`: what the names begin with."""
     found = [(text, chosen) for text, chosen in by_text(rows) if any(row["status"] == "finished" for row in chosen)]
     drawn = []
     for count, (text, chosen) in enumerate(found, 1):
         end = ".png" if count == 1 else f"-{count}.png"
         drawn.append(plot(chosen, settings, text, folder / f"{before}comparison{end}"))
         drawn.append(by_seconds(chosen, settings, text, folder / f"{before}seconds{end}"))
+    if any("score" in row for row in rows):
+        drawn.append(by_tasks(rows, settings, folder / f"{before}tasks.png"))
     return drawn
 
 
@@ -125,27 +127,71 @@ def plot(rows: Sequence[Row], settings: Mapping[str, Any], text: str, path: Path
     caption += f" Failed: {', '.join(failed)}." * bool(failed)
     figure, axes, tall = _frame(title, caption, list(curves))
     _axes(axes, curves, layers)
-    ends = []
-    deepest = min(depth for curve in curves.values() for depth in curve)
     order = _ranking(curves)
-    for index, label in enumerate(order):
-        curve = {layers: 1.0} | curves[label]
-        depths = sorted(curve, reverse=True)
-        values = [min(curve[depth], CEILING) for depth in depths]
-        style = _style(index)
-        line = "-" if index % 16 < 8 else (0, (4, 1.5))
-        axes.plot(depths, values, linestyle=line, linewidth=1.6, markersize=5.5, markevery=slice(1, None), **style)
-        value, shown = curve[depths[-1]], _short(label)
-        said = f"{shown}  {number(value)}×" if math.isfinite(value) else f"{shown}  not a number"
-        said += f" at {depths[-1]}" * (depths[-1] > deepest)
-        ends.append(((depths[-1], values[-1]), said, style))
-    _name_ends(axes, ends, tall)
+    deepest = min(depth for curve in curves.values() for depth in curve)
+
+    def said(label: str) -> str:
+        depth = min(curves[label])
+        value = curves[label][depth]
+        words = f"{number(value)}×" if math.isfinite(value) else "not a number"
+        return words + f" at {depth}" * (depth > deepest)
+
+    shown = {label: {layers: 1.0} | {d: min(v, CEILING) for d, v in curve.items()} for label, curve in curves.items()}
+    _lines(axes, tall, shown, order, said)
     parts = []
     for label in order:
         measured = sorted(curves[label].items(), reverse=True)
         parts.append(f"{label}: " + ", ".join(f"{depth} layers {number(value)}×" for depth, value in measured))
     words = f"{title}. {caption} Perplexity relative to the dense model, by method: {'; '.join(parts) or 'none'}."
     return save_picture(figure, path, title, words)
+
+
+def _lines(
+    axes: Axes,
+    tall: float,
+    curves: Mapping[str, Mapping[int, float]],
+    order: Sequence[str],
+    said: Callable[[str], str],
+) -> None:
+    """A line a method, from the dense model on, with its name and what is `said` of it at the end."""
+    ends = []
+    for index, label in enumerate(order):
+        if label not in curves:
+            continue
+        depths = sorted(curves[label], reverse=True)
+        values = [curves[label][depth] for depth in depths]
+        style = _style(index)
+        line = "-" if index % 16 < 8 else (0, (4, 1.5))
+        axes.plot(depths, values, linestyle=line, linewidth=1.6, markersize=5.5, markevery=slice(1, None), **style)
+        ends.append(((depths[-1], values[-1]), f"{_short(label)}  {said(label)}", style))
+    _name_ends(axes, ends, tall)
+
+
+def by_tasks(rows: Sequence[Row], settings: Mapping[str, Any], path: Path) -> Path:
+    """Draw the mean score of tasks against depth, a line a method; the picture's path."""
+    layers = settings["layers"]
+    scored = [row for row in rows if "score" in row]
+    curves: dict[str, dict[int, float]] = {}
+    for row in scored:
+        curves.setdefault(row["method"], {})[row["layers"]] = 100 * row["score"]
+    dense, error = 100 * scored[0]["dense_score"], 100 * scored[0]["score_stderr"]
+    deepest = min(row["layers"] for row in scored)
+    best = min(curves, key=lambda label: (-curves[label].get(deepest, -1.0), label))
+    most = f"{curves[best][deepest]:.1f} % at {deepest} of {layers} layers"
+    title = f"{model_name(settings['model'])}: {best} answers most, {most}; dense {dense:.1f} %"
+    caption = f"Each line is a method, pruning from {layers} layers; higher is better.{asked(rows, settings)}"
+    caption += " Shaded: dense, give or take that."
+    figure, axes, tall = _frame(title, caption, list(curves))
+    _depths(axes, curves, layers, "mean score of the tasks, %")
+    measured = [dense, *(value for curve in curves.values() for value in curve.values())]
+    axes.set_ylim(min(measured) - 2 * error - 0.5, max(measured) + 2 * error + 0.5)
+    axes.axhspan(dense - error, dense + error, color=PALE, lw=0, zorder=0)
+    shown = {label: {layers: dense} | curve for label, curve in curves.items()}
+    _lines(axes, tall, shown, _ranking(_curves(rows)), lambda label: f"{curves[label][min(curves[label])]:.1f} %")
+    parts = [
+        f"{label}: {', '.join(f'{d} layers {v:.1f} %' for d, v in curve.items())}" for label, curve in curves.items()
+    ]
+    return save_picture(figure, path, title, f"{title}. {caption} By method: {'; '.join(parts)}.")
 
 
 def _frame(title: str, caption: str, labels: Sequence[str]) -> tuple[Figure, Axes, float]:
@@ -184,18 +230,24 @@ def _name_ends(axes: Axes, ends: Sequence[End], tall: float, lines: bool = True)
 
 
 def _axes(axes: Axes, curves: Mapping[str, Mapping[int, float]], layers: int) -> None:
-    depths = sorted({layers, *(depth for curve in curves.values() for depth in curve)})
+    _depths(axes, curves, layers, "held-out perplexity, × dense")
     top = min(max((v for curve in curves.values() for v in curve.values()), default=1.0), CEILING)
-    axes.set(yscale="log", xlabel="decoder layers left", ylabel="held-out perplexity, × dense")
+    axes.set(yscale="log")
+    axes.set_ylim(0.97 * min(1.0, *(v for c in curves.values() for v in c.values()), 1.0), max(top * 1.08, 1.1))
+    _times(axes)
+
+
+def _depths(axes: Axes, curves: Mapping[str, Mapping[int, float]], layers: int, what: str) -> None:
+    """The axis of layers left, from the dense model's at the left, and what is measured."""
+    depths = sorted({layers, *(depth for curve in curves.values() for depth in curve)})
+    axes.set(xlabel="decoder layers left", ylabel=what)
     slack = 0.03 * (depths[-1] - depths[0]) or 0.5
     axes.set_xlim(depths[-1] + slack, depths[0] - slack)
-    axes.set_ylim(0.97 * min(1.0, *(v for c in curves.values() for v in c.values()), 1.0), max(top * 1.08, 1.1))
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8.5, color=SOFT, labelcolor=INK)
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
     if len(depths) <= 10:
         axes.set_xticks(depths, [f"{d}\ndense" if d == layers else str(d) for d in depths])
-    _times(axes)
 
 
 def _times(axes: Axes) -> None:
