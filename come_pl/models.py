@@ -171,7 +171,13 @@ def resolve_dtype(name: str, accelerated: bool) -> torch.dtype | str:
     return dtype
 
 
-def load_model(name: str, dtype: str = "auto", offload: Offload = "none", scratch: Path | None = None) -> Any:
+def load_model(
+    name: str,
+    dtype: str = "auto",
+    offload: Offload = "none",
+    scratch: Path | None = None,
+    accelerated: bool | None = None,
+) -> Any:
     """A causal LM in evaluation mode, on the CPU, ready to be saved again as a stock checkpoint.
 
     Args:
@@ -179,9 +185,10 @@ def load_model(name: str, dtype: str = "auto", offload: Offload = "none", scratc
             safetensors files of the checkpoint, which must stay there), cpu (the host's memory, for a model that is
             moved to an accelerator; on a CPU the same as none), or none.
         scratch: folder of the matrices that surgery makes of an offloaded model; emptied.
+        accelerated: whether it will be computed with on an accelerator; by default, whether there is CUDA.
 
     Raises:
-        ModelError: unreadable, weights missing from the checkpoint, or weights that are not finite.
+        ModelError: unreadable, quantised, weights missing from the checkpoint, or weights that are not finite.
         UnsupportedModel: of a family that this package does not know.
     """
     from transformers import AutoModelForCausalLM
@@ -189,8 +196,13 @@ def load_model(name: str, dtype: str = "auto", offload: Offload = "none", scratc
 
     where = locate(name)
     config = load_config(name)
+    quantised = getattr(config, "quantization_config", None)
+    if quantised and not where.gguf_file:  # transformers would save them in a way that it does not read back
+        kind = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
+        raise ModelError(f"model {name!r} has quantised weights ({kind}); give the plain ones that it was made from")
     logging.disable_progress_bar()
-    wanted = resolve_dtype(dtype, torch.cuda.is_available())
+    accelerated = torch.cuda.is_available() if accelerated is None else accelerated
+    wanted = resolve_dtype(dtype, accelerated)
     with _reading(name):
         if offload == "disk":
             memory.map_large()
@@ -208,7 +220,7 @@ def load_model(name: str, dtype: str = "auto", offload: Offload = "none", scratc
     if missing:
         some = ", ".join(sorted(missing)[:3])
         raise ModelError(f"model {name!r} lacks weights ({some} …) that its config asks for; it would be part random")
-    if offload == "cpu" and torch.cuda.is_available():
+    if offload == "cpu" and accelerated:
         keep_on_host(model)
     if where.gguf_file:  # de-quantised now: what is saved from here on is a plain checkpoint
         for attribute in ("quantization_config", "_pre_quantization_dtype"):
@@ -255,8 +267,6 @@ def _from_disk(where: Location, config: Any, dtype: torch.dtype | str, store: St
         raise ValueError(
             f"--offload disk reads safetensors files, not {kind}; load it once and save_pretrained it first"
         )
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError("--offload disk reads plain weights, not quantised ones")
     entries = _entries(where.path)
     if not isinstance(dtype, torch.dtype):
         asked = getattr(config, "dtype", None) or next(iter(entries.values())).dtype
@@ -289,6 +299,8 @@ def _from_disk(where: Location, config: Any, dtype: torch.dtype | str, store: St
             store.put(new, entry)
         else:
             real[id(parameter)] = nn.Parameter(entry.read().to(dtype))
+    if missing and config.get_text_config(decoder=True) is not config:  # transformers would know them by older names
+        raise ValueError("--offload disk reads models of text alone, not those with other parts beside; leave it out")
     for module in model.modules():
         for key, old in module._parameters.items():
             module._parameters[key] = real.get(id(old), old)

@@ -264,6 +264,22 @@ def put_back(layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         setattr(layer.get_submodule(owner), attribute, parameter)
 
 
+def check_scalable(decoder: Decoder) -> None:
+    """Raises ValueError: `scale_stream` cannot scale this model's stream."""
+    if decoder.family.attention_norm is None:
+        why = "normalises its stream after each sublayer (OPT-350m)"
+    elif _tied(decoder) and not list(decoder.final_norm.parameters() if decoder.final_norm is not None else ()):
+        why = "has its embeddings as its head and no weight in the norm before it (Galactica)"
+    else:
+        return
+    raise ValueError(f"the stream of a model that {why} cannot be scaled; give --compensate none")
+
+
+def _tied(decoder: Decoder) -> bool:
+    head = decoder.model.get_output_embeddings()
+    return head is not None and head.weight is decoder.base.embed_tokens.weight
+
+
 @torch.no_grad()
 def scale_stream(decoder: Decoder, below: int, factor: float) -> None:
     """Multiply the residual stream before layer `below` by `factor`, in the weights that write to it.
@@ -272,18 +288,15 @@ def scale_stream(decoder: Decoder, below: int, factor: float) -> None:
     the difference, up to their epsilon (Prune&Comp, AAAI 2026). With tied embeddings the final norm takes 1/factor.
 
     Raises:
-        ValueError: a family whose stream is itself normalised (OPT-350m).
+        ValueError: as `check_scalable`.
     """
-    family, base = decoder.family, decoder.base
-    if family.attention_norm is None:
-        raise ValueError("the stream of a model that normalises after each sublayer (OPT-350m) cannot be scaled")
-    head = decoder.model.get_output_embeddings()
-    tied = head is not None and head.weight is base.embed_tokens.weight
+    check_scalable(decoder)
+    family, base, tied = decoder.family, decoder.base, _tied(decoder)
     for module in (base.embed_tokens, getattr(base, "embed_positions", None)):
         if module is not None:
             module.weight = nn.Parameter(module.weight * factor, requires_grad=module.weight.requires_grad)
     if tied:
-        head.weight = base.embed_tokens.weight
+        decoder.model.get_output_embeddings().weight = base.embed_tokens.weight
         final = decoder.final_norm
         for name, parameter in list(final.named_parameters()):
             offset = family.norm_offset if name == "weight" else 0.0

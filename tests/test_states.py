@@ -103,7 +103,7 @@ def repaired(family: str, kind: str, parts: Any, keep: bool, resumed: bool = Fal
             module.training_step({"input_ids": part, "mask": torch.ones_like(part, dtype=torch.bool)}, batch)
 
     module.attach(model, record, needs={"streams"})
-    module.keeps_dense, module.inputs.enabled = keep, keep
+    module.keeps_dense, module.inputs.enabled = keep, lambda: keep
     steps = steps_of(kind, module.student.geometry.kv_heads)
     for number, step in enumerate(steps):
         one_pass()
@@ -112,7 +112,7 @@ def repaired(family: str, kind: str, parts: Any, keep: bool, resumed: bool = Fal
         refit.after(module, step, record, last=number + 1 == len(steps))
         if resumed and number == 0:
             module.attach(model, record, needs={"streams"})
-            module.keeps_dense, module.inputs.enabled = keep, keep
+            module.keeps_dense, module.inputs.enabled = keep, lambda: keep
     assert step.weights is not None
     return step.weights
 

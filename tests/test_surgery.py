@@ -436,7 +436,7 @@ def test_scaling_the_stream_changes_it_below_and_nothing_that_layers_see(family:
     student = surgery.share(model)
     teacher, decoder, ids = Decoder(model), Decoder(student), tiny_ids()
     if family == "opt-350m":
-        with pytest.raises(ValueError, match="normalises after each sublayer"):
+        with pytest.raises(ValueError, match="normalises its stream after each sublayer"):
             surgery.scale_stream(decoder, 2, 1.7)
         return
     before = {k: v.clone() for k, v in model.state_dict().items()}

@@ -4,7 +4,7 @@ again where only what comes after them has changed. What comes out is the same, 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,17 +35,17 @@ class KnownInputs:
     they are those that a forward would give them. In memory, where the streams are.
 
     Args:
-        enabled: False keeps nothing.
+        enabled: asked as a layer begins; where it says no, nothing is kept.
     """
 
-    def __init__(self, enabled: bool = True):
+    def __init__(self, enabled: Callable[[], bool] = lambda: True):
         self.enabled = enabled
         self.layer: int | None = None
         self._found: dict[tuple[int, str], Tensor] = {}
 
     def begin(self, layer: int | None) -> None:
         """Nothing is known any more; what runs of this layer will be kept."""
-        self.layer = layer if self.enabled else None
+        self.layer = layer if self.enabled() else None
         self._found.clear()
 
     def changed(self, decoder: Decoder, paths: Collection[str]) -> None:

@@ -44,7 +44,7 @@ class CalibrationStates(CalibrationBatches):
         # to this boundary the student's streams are the dense model's
         self._shared = min((lowest_changed(step) for step in self.record.steps), default=len(self.teacher))
         # compiled layers run as they are, and a device has computed them sooner than it would get them from the host
-        self.inputs = KnownInputs(self.in_memory and not self.compile_layers and self.device.type == "cpu")
+        self.inputs = KnownInputs(lambda: self.in_memory and not self.compile_layers and self.device.type == "cpu")
 
     @property
     def in_memory(self) -> bool:

@@ -123,8 +123,8 @@ def distil(
                 "go on with the --trainer.strategy and --trainer.devices that it began with, or --overwrite"
             )
         check_space(output, 6 * 4 * models.parameter_count(student_model) / GIB)
-        dense_model = models.load_model(path, offload=offload)
         device = trainer.strategy.root_device
+        dense_model = models.load_model(path, offload=offload, accelerated=device.type != "cpu")
         if main:
             run.update(
                 student={"run": str(pruned.folder), "groups": pruned.groups, **marks["student"]},

@@ -27,6 +27,7 @@ from come_pl.pruning.refit import Refit
 from come_pl.record import Meter, Record
 from come_pl.report.style import amount, number
 from come_pl.runs import RUN_FILE, Run, RunError, check_space, digest, read_run, target_depth
+from come_pl.surgery import check_scalable
 from come_pl.windows import check_readable
 from come_pl.workflows.card import licence_files, pruned_card
 from come_pl.workflows.report import ask, finish
@@ -71,12 +72,15 @@ def prune(
     mixed = models.resolve_dtype(module.dtype_name, accelerated=False) == torch.float32 and (
         str(trainer.precision) == "bf16-mixed"
     )
-    last = affordable(Decoder(models.on_meta(config)).geometry, module.offload != "none")
+    shapes = Decoder(models.on_meta(config))
+    last = affordable(shapes.geometry, module.offload != "none")
     refit = (refit or Refit("none")).resolved(name, family_of(config), last)
     options = _selecting(dict(options), refit)
     chosen = method_class(**options)
     target = target_depth(config.num_hidden_layers, target_layers, sparsity)
     chosen.check(family_of(config), config.num_hidden_layers, config.num_hidden_layers - target)
+    if getattr(chosen, "compensate", "none") == "magnitude":
+        check_scalable(shapes)
     on_the_way = set(evaluation.at) if chosen.progressive and not refit.ends else set()
     tokenizer = models.load_tokenizer(module.path)
     bos = models.needs_bos(config, tokenizer)
@@ -113,7 +117,9 @@ def prune(
     with run:
         meter = Meter()
         scratch = output / SCRATCH / str(rank)
-        model = models.load_model(module.path, module.dtype_name, module.offload, scratch / "weights")
+        device = trainer.strategy.root_device
+        accelerated = device.type != "cpu"
+        model = models.load_model(module.path, module.dtype_name, module.offload, scratch / "weights", accelerated)
         loading = meter.seconds
         size = next(model.parameters()).element_size()
         bytes_left = models.parameter_count(model) * size
@@ -163,7 +169,6 @@ def prune(
                 target_layers=target,
                 seed=seed,
             )
-        device = trainer.strategy.root_device
         if main:
             meter, before = Meter(device), run.info.get("perplexity")
             if before is None and evaluation.dense_from is not None:

@@ -41,7 +41,7 @@ class Subject:
         return root / f"{stem}-{digest({'path': self.path})}-{name}.json"
 
     def load(self, dtype: str, device: torch.device) -> Any:
-        return models.load_model(self.path, dtype).to(device)
+        return models.load_model(self.path, dtype, accelerated=device.type != "cpu").to(device)
 
 
 def read_subject(path: str) -> Subject:

@@ -128,7 +128,14 @@ def fit(
         ValueError: a loss that is not finite.
     """
     steps = max(epochs * len(module.batches), 1)
-    half = next(module.student_model.parameters()).dtype in (torch.bfloat16, torch.float16)
+    dtype = next(module.student_model.parameters()).dtype
+    half = dtype in (torch.bfloat16, torch.float16)
+    if (
+        dtype == torch.float16
+        and module.device.type == "cpu"
+        and any(isinstance(m, nn.LayerNorm) for m in net.modules())
+    ):
+        raise ValueError("this method trains no layers in float16 on a CPU; give --model.dtype bfloat16 or float32")
     outer = module._trainer
     bar = outer is not None and outer.is_global_zero and outer.progress_bar_callback is not None  # the run shows one
     fitted = _Fit(net, loss, optimizer, lambda t: floor + (1 - floor) * (1 + math.cos(math.pi * t / steps)) / 2)
