@@ -287,6 +287,14 @@ def check_space(folder: Path, gib: float) -> None:
         )
 
 
+def check_launcher(strategy: Any) -> None:
+    """Raises RunError: processes of this Lightning strategy are copies of this one, whose results stay in them."""
+    from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+        raise RunError("--trainer.strategy: processes that are forked or spawned give nothing back; expected ddp")
+
+
 class BadTarget(ValueError):
     """A target depth that the model does not have."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import json
 import math
 import warnings
 from pathlib import Path
@@ -15,7 +16,11 @@ import torch
 import torch.nn.functional as F
 from conftest import save_tiny, tiny_ids, tiny_model, tiny_text
 from lightning import Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from safetensors.torch import load_file
 
+from come_pl.cli.common import guarded
 from come_pl.data import DistillationData
 from come_pl.decoder import Decoder
 from come_pl.distillation import losses
@@ -27,6 +32,7 @@ from come_pl.distillation.student import Misfit
 from come_pl.record import Record, Step, replay
 from come_pl.runs import Run, RunError
 from come_pl.surgery import drop
+from come_pl.workflows import distil as workflow
 from come_pl.workflows.distil import distil
 from come_pl.workflows.texts import EvaluationText
 
@@ -142,6 +148,62 @@ def test_chunked_logits_are_exact_with_gradients(family: str, kind: str, monkeyp
         results.append((value.detach(), head.grad.clone(), first.clone()))  # type: ignore[union-attr]
     for chunked, whole in zip(*results):
         torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_a_validation_takes_no_gradient_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = Decoder(pruned_pair()[1])
+    batch = batch_of()
+    student.model.get_output_embeddings().weight.requires_grad_(True)
+    hidden = student.run(batch["input_ids"])
+    value = losses.language_modelling(student, hidden, batch["input_ids"], batch["mask"])
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("a gradient"))
+    with torch.no_grad():
+        found = losses.language_modelling(student, hidden, batch["input_ids"], batch["mask"])
+    assert torch.equal(found, value.detach())
+
+
+def test_weights_are_read_before_their_strategy_lets_them_go(
+    student_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed's collectives need the device that its teardown takes the weights from."""
+    expected = load_file(start(student_run, tmp_path / "plain", CoMeMP(lr=1e-3)) / "model" / "model.safetensors")
+    teardown = SingleDeviceStrategy.teardown
+
+    def emptied(self: Any) -> None:
+        with torch.no_grad():
+            for parameter in self.lightning_module.student_model.parameters():
+                parameter.mul_(torch.nan)
+        teardown(self)
+
+    monkeypatch.setattr(SingleDeviceStrategy, "teardown", emptied)
+    found = load_file(start(student_run, tmp_path / "torn", CoMeMP(lr=1e-3)) / "model" / "model.safetensors")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_room_is_asked_for_what_learns(student_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(workflow, "check_space", lambda folder, gib: asked.append(gib * 2**30))
+    folder = start(student_run, tmp_path / "o", LoRA(lr=1e-3, r=2), method="lora")
+    info = json.loads((folder / "run.json").read_text())
+    assert asked[0] == pytest.approx(4 * info["parameters"])
+    assert asked[1] == pytest.approx(4 * (7 * info["trained_parameters"] + info["parameters"]))
+
+
+def test_a_run_without_a_validation_writes_json(student_run: Path, tmp_path: Path) -> None:
+    folder = start(student_run, tmp_path / "o", CoMeMP(lr=1e-3), trainer={"limit_val_batches": 0})
+    text = (folder / "run.json").read_text()
+    found = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert found["validation"]["lowest_loss"] is None
+
+
+def test_a_terminated_run_says_so(capsys: pytest.CaptureFixture) -> None:
+    def main() -> None:
+        raise SIGTERMException
+
+    with pytest.raises(SystemExit) as stop:
+        guarded(main, "its last checkpoint")
+    assert stop.value.code == 143
+    assert "the same command goes on from its last checkpoint" in capsys.readouterr().err
 
 
 def test_deepspeed_clips_all_layers_together_and_mp_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,8 +450,6 @@ def curve(output: Path, name: str = "curves.csv") -> list[dict[str, float]]:
     ],
 )
 def test_every_method_learns_and_saves_a_stock_model(name: str, module: Any, student_run: Path, tmp_path: Path) -> None:
-    import json
-
     from transformers import AutoModelForCausalLM
 
     if name == "lora":
@@ -436,8 +496,6 @@ def test_rates_after_warm_up_and_at_the_end(student_run: Path, tmp_path: Path) -
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
     return load_file(output / "model" / "model.safetensors")
 
 
@@ -520,8 +578,6 @@ def test_a_layers_turn_that_is_resumed_reads_the_same_windows(student_run: Path,
 
 def test_the_last_weights_are_validated(student_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where max_steps ends the run between two validations, and after a kill in the last validation or after."""
-    import json
-
     from come_pl.workflows import distil as workflow
 
     how: Any = {"trainer": {"val_check_interval": 4, "max_steps": 6}}
@@ -584,7 +640,6 @@ def test_what_decides_the_result_is_told_apart(student_run: Path, tmp_path: Path
 
 def test_another_teacher_is_measured(student_run: Path, tmp_path: Path) -> None:
     """The dense perplexity that pruning knows is that of its own teacher."""
-    import json
     import shutil
 
     shutil.copytree(student_run / "run", tmp_path / "run")
@@ -613,8 +668,6 @@ def test_patience_keeps_the_best_weights_across_a_kill(
     cut_at: int | str | None, student_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lowest at step 4, then twice higher: stopped after step 8 of 16."""
-    import json
-
     from come_pl.workflows import distil as workflow
 
     seen: dict[int, dict[str, torch.Tensor]] = {}
@@ -754,7 +807,6 @@ def test_a_student_of_another_teacher_is_refused(
 
 
 def test_another_tokenizer_is_refused(student_run: Path, tmp_path: Path) -> None:
-    import json
     import shutil
 
     other = tmp_path / "other"

@@ -216,6 +216,7 @@ def refuse(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *argu
         (("--target_layers", 3, "--data.calibration", "no/such.txt"), "no/such.txt"),
         (("--target_layers", 3, "--data.tokens", 8, "--data.seqlen", 32), "tokens"),
         (("--target_layers", 3, "--trainer.strategy", "nonsense"), "nonsense"),
+        (("--target_layers", 3, "--trainer.strategy", "ddp_spawn"), "give nothing back; expected ddp"),
         (("--target_layers", 3, "--data.seqlen", 1), "seqlen is 1: expected at least 2"),
         (("--target_layers", 3, "--model.dtype", "float7"), "float7"),
         (("--target_layers", 3, "--method", "reverse", "--retain_layer", 9), "retain_layer 9: the model has layers 0"),

@@ -116,6 +116,19 @@ def test_bfloat16_leaves_rotary_tables_alone(home: Path, monkeypatch: pytest.Mon
     assert seen == {(torch.float32, torch.float32)}
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_precision_is_the_processors(home: Path, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one: emulated products in bfloat16 take ten times as long as those in fp32."""
+    monkeypatch.chdir(home)
+    monkeypatch.setattr("come_pl.cli.common.multiplies_bfloat16", lambda: native)
+    output = home / f"native_{native}"
+    words = flags(output, "--trainer.max_steps", 1, "--samples", "false")
+    at = words.index("--trainer.precision")
+    assert started(monkeypatch, *words[:at], *words[at + 2 :]) == 0
+    found = json.loads((output / "run.json").read_text())["identity"]["trainer"]["precision"]
+    assert found == ("bf16-mixed" if native else "32-true")
+
+
 def test_going_on_with_another_text_to_measure(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (home / "other.txt").write_text((home / "text.txt").read_text())
     monkeypatch.chdir(home)
@@ -232,6 +245,11 @@ def test_each_layer_keeps_its_rate_and_two_processes_give_what_one_gives(
         ("deepspeed_stage_3", "32-true", ("--distill", "kd")),  # all parameters learn, the head outside its own forward
         ("deepspeed_stage_3_offload", "32-true", ("--distill", "lora")),
         ("deepspeed_stage_2_offload", "bf16-mixed", ("--distill", "lm", "--model.trainable", "layers")),
+        (  # gradients of several batches are as large as on one process, or they would be clipped otherwise
+            "deepspeed_stage_2",
+            "32-true",
+            ("--distill", "kd", "--trainer.accumulate_grad_batches", 4, "--trainer.gradient_clip_val", 0.05),
+        ),
         ("fsdp", "32-true", ("--distill", "kd", "--model.trainable", "layers")),
     ],
 )
@@ -243,7 +261,7 @@ def test_methods_that_run_the_head_where_parameters_are_in_parts(
         pytest.importorskip("deepspeed")
     if "lora" in more:
         pytest.importorskip("peft")
-    name = "_".join([strategy, *more]).replace("--", "")
+    name = "_".join([strategy, *map(str, more)]).replace("--", "")
     more = (*more, "--model.lr", "1e-3", "--trainer.precision", precision, "--samples", "false")
     trained(home, home / f"one_{name}", *more)
     parts = ("--trainer.devices", 2, "--trainer.strategy", strategy)
@@ -326,6 +344,20 @@ def test_deepspeed_resumes(
         (("--trainer.val_check_interval", "0"), "val_check_interval 0: an epoch has 32 training batches"),
         (("--trainer.limit_train_batches", "0.01"), "leaves none of 32 batches"),
         (("--trainer.accumulate_grad_batches", "0"), "accumulate_grad_batches 0: expected at least 1 batch"),
+        (
+            ("--trainer.strategy", "deepspeed_stage_2", "--trainer.accumulate_grad_batches", "5"),
+            "an epoch has 32 batches, and DeepSpeed would carry over what is left; give a divisor of them, or "
+            "--trainer.limit_train_batches 30",
+        ),
+        (
+            ("--distill", "hybrid", "--model.merged_first", "0.5", "--trainer.strategy", "deepspeed_stage_2"),
+            "merged_first 0.5: DeepSpeed clips and averages",
+        ),
+        (("--distill", "hybrid", "--model.second_lr", "-1"), "second_lr -1.0: expected a rate above 0"),
+        (("--trainer.strategy", "ddp_spawn"), "give nothing back; expected ddp"),
+        (("--trainer.precision", "16-true"), "weights in float16 do not train"),
+        (("--trainer.max_epochs", "-1"), "the number of steps is not known"),
+        (("--patience", "2", "--trainer.limit_val_batches", "0"), "patience 2: without a validation"),
         (("--trainer.check_val_every_n_epoch", "0"), "check_val_every_n_epoch 0: expected at least 1 epoch"),
         (("--trainer.gradient_clip_val", "-1"), "gradient_clip_val -1: expected a norm of at least 0"),
         (("--trainer.gradient_clip_algorithm", "value"), "gradients are clipped by their norm"),

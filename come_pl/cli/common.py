@@ -203,6 +203,7 @@ def guarded(main: Callable[[], None], goes_on_from: str = "") -> None:
     """
     from jsonargparse import ArgumentError
     from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from come_pl.errors import first_line
     from come_pl.models import ModelError
@@ -212,6 +213,8 @@ def guarded(main: Callable[[], None], goes_on_from: str = "") -> None:
         main()
     except KeyboardInterrupt:
         _stop(goes_on_from)
+    except SIGTERMException:  # a SystemExit without a code, as if all had gone well
+        _stop(goes_on_from, 143)
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's trainer makes this of it
             _stop(goes_on_from)
@@ -241,11 +244,11 @@ def _about_settings(error: ValueError | TypeError) -> bool:
     return module.startswith((*own, "lightning.pytorch.trainer", "lightning.fabric.accelerators"))
 
 
-def _stop(goes_on_from: str) -> NoReturn:
+def _stop(goes_on_from: str, code: int = 130) -> NoReturn:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         again = "the same command" + " without --overwrite" * any(w.startswith("--overwrite") for w in sys.argv)
         print("stopped" + f"; {again} goes on from {goes_on_from}" * bool(goes_on_from), file=sys.stderr)
-    raise SystemExit(130)
+    raise SystemExit(code)
 
 
 def _fail(message: str) -> NoReturn:

@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from come_pl.cli.common import add_run_arguments, check_seed, guarded, normalise, quiet, scan, with_doubles
+from come_pl.cli.common import add_run_arguments, check_seed, guarded, normalise, quiet, scan, with_doubles, with_half
 
 ALIASES = {
     "--distill": "--distill.name",
@@ -91,6 +91,9 @@ def _train() -> None:
         def before_instantiate_classes(self) -> None:
             trainer = self.config.trainer
             trainer.accelerator = with_doubles(trainer.accelerator)
+            if trainer.precision is None:
+                elsewhere = self.config.plan and trainer.accelerator not in ("auto", "cpu")
+                trainer.precision = "bf16-mixed" if elsewhere else with_half(None, trainer.accelerator)
             wanted.update(
                 strategy=str(trainer.strategy), precision=str(trainer.precision), devices=str(trainer.devices)
             )

@@ -132,6 +132,8 @@ class KeepBest(Callback):
 
     Attributes:
         step, loss: of the weights in the file; None and infinity while there are none.
+        last: the trained weights at the end, read while their strategy still has them where it can gather them; None
+            if nothing was left to train.
         validated: step of the last validation.
     """
 
@@ -140,6 +142,7 @@ class KeepBest(Callback):
         self.step: int | None = None
         self.loss = math.inf
         self.validated: int | None = None
+        self.last: dict[str, torch.Tensor] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"validated": self.validated}
@@ -174,6 +177,7 @@ class KeepBest(Callback):
             trainer.validating = True  # as Lightning does between two batches
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
+        self.last = full_state(pl_module)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Trained parameters by name in the student, on the CPU."""

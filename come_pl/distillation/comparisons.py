@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any, Literal
 
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
 from come_pl.distillation.layerwise import CoMeSP, share_of_labels
@@ -147,7 +148,7 @@ class Hybrid(CoMeSP):
     Args:
         lr: Peak learning rate of the merged layers.
         merged_first: Share of the steps in which only merged layers learn, before all do. None measured best.
-        second_lr: Peak learning rate of everything in the second part.
+        second_lr: Peak learning rate of everything else, which learns in the second part.
         loss: What is compared at the end of layers: mse, kl or cosine.
         match: Compare at the merged layers, or at all layers from the first merged one on.
         state_weight: Weight of the hidden states' losses (their sum).
@@ -185,7 +186,17 @@ class Hybrid(CoMeSP):
         )
         if not 0 <= merged_first < 1:
             raise ValueError(f"merged_first {merged_first}: expected a share of the steps below 1")
+        if not second_lr > 0:
+            raise ValueError(f"second_lr {second_lr}: expected a rate above 0")
         self.merged_first, self.second_lr = merged_first, second_lr
+
+    def check_trainer(self, trainer: Any) -> None:
+        super().check_trainer(trainer)
+        if self.merged_first and isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise ValueError(
+                f"merged_first {self.merged_first}: DeepSpeed clips and averages the gradients of layers that do not "
+                "learn yet with the others; leave it out, or take another strategy"
+            )
 
     def others_rate(self) -> float:
         return self.second_lr

@@ -145,7 +145,10 @@ class _ChunkedLoss(torch.autograd.Function):
 
 def _over_chunks(student: Decoder, hidden: Tensor, per_chunk: Any) -> Tensor:
     head = _Head(student)
-    return _ChunkedLoss.apply(hidden, head.weight, head.bias, head, per_chunk)
+    weight, bias = head.weight, head.bias
+    if not torch.is_grad_enabled():  # a Function's forward is not told, and would take the head's gradient
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+    return _ChunkedLoss.apply(hidden, weight, bias, head, per_chunk)
 
 
 def _labels(input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

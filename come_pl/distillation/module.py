@@ -303,7 +303,10 @@ class DistillationModule(LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         losses = self.losses(batch)
         self._watch(losses)
-        return torch.stack(list(losses.values())).sum()
+        total = torch.stack(list(losses.values())).sum()
+        # Lightning divides by the batches of a step, and so does a strategy that accumulates by itself
+        twice = self.trainer.strategy.handles_gradient_accumulation
+        return total * self.trainer.accumulate_grad_batches if twice else total
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         total = torch.stack(list(self.losses(batch).values())).sum()

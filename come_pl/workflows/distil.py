@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from functools import partial
@@ -34,7 +35,7 @@ from come_pl.distillation.student import Pruned, check_fit, read_pruned
 from come_pl.offload import Offload, move
 from come_pl.record import Meter
 from come_pl.report.style import amount, number
-from come_pl.runs import Run, RunError, check_space, digest, read_run
+from come_pl.runs import Run, RunError, check_launcher, check_space, digest, read_run
 from come_pl.windows import check_readable
 from come_pl.workflows.card import distilled_card, licence_files
 from come_pl.workflows.report import ask, finish
@@ -84,6 +85,8 @@ def distil(
     main = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     if save_every < 1:
         raise ValueError(f"save_every {save_every}: expected at least 1 optimizer step between two checkpoints")
+    if patience is not None and not trainer.limit_val_batches:
+        raise ValueError(f"patience {patience}: without a validation (limit_val_batches 0) it never stops")
     stopping = [Patience(patience)] if patience is not None else []
     trainer.callbacks += stopping  # type: ignore[attr-defined]
     _check_trainer(trainer)
@@ -122,7 +125,8 @@ def distil(
                 f"the checkpoint in {str(output)!r} is {run.info['checkpoints']}, and this run's would be {written}; "
                 "go on with the --trainer.strategy and --trainer.devices that it began with, or --overwrite"
             )
-        check_space(output, 6 * 4 * models.parameter_count(student_model) / GIB)
+        size = 4 * models.parameter_count(student_model)
+        check_space(output, size / GIB)
         device = trainer.strategy.root_device
         dense_model = models.load_model(path, offload=offload, accelerated=device.type != "cpu")
         if main:
@@ -140,6 +144,8 @@ def distil(
             if known != run.info.get("perplexity"):  # another text than before it was cut off, or the first time
                 run.update(perplexity=known)
         module.attach(dense_model, student_model, pruned.groups, pruned.scales)
+        saved = size if isinstance(trainer.strategy, DeepSpeedStrategy) else 4 * trained_count(module)
+        check_space(output, (7 * saved + size) / GIB)  # two checkpoints, the best weights, the model
         module.lighten(str(trainer.precision), isinstance(trainer.strategy, DeepSpeedStrategy))
         curves = Curves(output)
         best = KeepBest(output / FOLDER / BEST)
@@ -154,23 +160,28 @@ def distil(
             trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
         except Diverged as error:
             raise Diverged(f"{error}; {_keep_good(output)}. Try a lower --model.lr") from None
-        state = full_state(module)
+        if trainer.interrupted:
+            if main:
+                print("stopped before the end; the same command goes on from the last checkpoint")
+            return output if main else None
+        state = best.last
+        if state is None:  # all was trained before
+            move(module.student_model, device)  # where its strategy can gather it: it has moved it to the CPU
+            state = full_state(module)
         if not main:
             return None
-        if trainer.interrupted:
-            print("stopped before the end; the same command goes on from the last checkpoint")
-            return output
         trained, seconds, peak = trained_count(module), curves.seconds, meter.peak_gib
         stopped = any(callback.exhausted for callback in stopping)
         if stopped:
             print(f"stopped after step {trainer.global_step}: {patience} validations without a lower loss")
-        kept = trainer.global_step
+        kept, lowest = trainer.global_step, best.loss if math.isfinite(best.loss) else None
         if best.step is not None and best.step < trainer.global_step:
             kept, state = best.step, best.weights()
             print(f"keeping the weights of step {kept}: lowest validation loss ({best.loss:.5g})")
         del trainer.optimizers[:]  # type: ignore[attr-defined]
         final = rebuilt(module, pruned, state, method)
-        entries = measure(final.to(device), texts, "after", run.info["perplexity"])
+        move(module.teacher.model, "cpu")
+        entries = measure(final, texts, "after", run.info["perplexity"], device)
         run.update(
             perplexity=entries,
             seconds=round(seconds, 2),
@@ -180,7 +191,7 @@ def distil(
             parameters=models.parameter_count(final),
             peak_gib=round(peak, 3),
             steps=trainer.global_step,
-            validation={"stopped_early": stopped, "kept_step": kept, "lowest_loss": best.loss, "of_step": best.step},
+            validation={"stopped_early": stopped, "kept_step": kept, "lowest_loss": lowest, "of_step": best.step},
             devices=trainer.world_size,
             groups=pruned.groups,
             scales=pruned.scales,
@@ -260,15 +271,31 @@ def _check_trainer(trainer: Trainer) -> None:
     for name in ("max_steps", "max_epochs"):
         if getattr(trainer, name) == 0:
             raise ValueError(f"{name} 0: nothing would be trained; expected at least 1")
+    if trainer.max_epochs == -1 and trainer.max_steps == -1:
+        raise ValueError("max_epochs -1: the number of steps is not known; give max_epochs or max_steps")
+    if str(trainer.precision) == "16-true":
+        raise ValueError(
+            "precision 16-true: weights in float16 do not train; expected 32-true, bf16-mixed or bf16-true"
+        )
+    check_launcher(trainer.strategy)
 
 
 def _check_batches(trainer: Trainer, data: DistillationData) -> None:
-    """Raises ValueError where no batch would be trained on, or never a validation come."""
+    """Raises ValueError where no batch would be trained on, never a validation come, or batches be left over that
+    DeepSpeed would take into the next epoch."""
     data.trainer = trainer  # the loader's length depends on the number of processes
     limit, interval = trainer.limit_train_batches, getattr(trainer, "val_check_interval", 1.0)
     batches = data.batches(limit)
     if not batches:
         raise ValueError(f"limit_train_batches {limit}: leaves none of {data.batches(1.0)} batches to train on")
+    each = trainer.accumulate_grad_batches
+    within = trainer.max_steps != -1 and trainer.max_steps * each <= batches
+    if isinstance(trainer.strategy, DeepSpeedStrategy) and batches % each and not within:
+        whole = batches - batches % each
+        raise ValueError(
+            f"accumulate_grad_batches {each}: an epoch has {batches} batches, and DeepSpeed would carry over what is "
+            f"left; give a divisor of them" + (f", or --trainer.limit_train_batches {whole}" if whole else "")
+        )
     in_epoch = isinstance(interval, int) and trainer.check_val_every_n_epoch is not None
     if not interval or in_epoch and interval > batches and trainer.limit_val_batches:
         raise ValueError(

@@ -26,7 +26,7 @@ from come_pl.pruning.module import PruningModule
 from come_pl.pruning.refit import Refit
 from come_pl.record import Meter, Record
 from come_pl.report.style import amount, number
-from come_pl.runs import RUN_FILE, Run, RunError, check_space, digest, read_run, target_depth
+from come_pl.runs import RUN_FILE, Run, RunError, check_launcher, check_space, digest, read_run, target_depth
 from come_pl.surgery import check_scalable
 from come_pl.windows import check_readable
 from come_pl.workflows.card import licence_files, pruned_card
@@ -65,6 +65,7 @@ def prune(
     """
     rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
     main = rank == 0
+    check_launcher(trainer.strategy)
     evaluation = evaluation or EvaluationText()
     name, method_class = find(method)
     config = models.load_config(module.path).get_text_config(decoder=True)
