@@ -102,7 +102,7 @@ def test_a_depth_on_the_way_is_asked_as_a_run_to_it_is(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[tuple[str, list[str]]]
 ) -> None:
     marks = []
-    for name, depths in (("both", [5, 4]), ("alone", [5])):
+    for name, depths in (("both", [5, 3]), ("alone", [5])):
         output = tmp_path / name
         words = arguments(home, "--output", output, "--depths", *depths, "--methods", "sleb", "--keep_models")
         assert compared(monkeypatch, *words, *asking(home, "tiny_choice")) == 0
