@@ -23,12 +23,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from come_pl import memory, tensors
 from come_pl.decoder import Decoder, family_of
 from come_pl.errors import first_line
-from come_pl.offload import Offload, Store, absent, matrices, present, stored, watch
+from come_pl.offload import EmptyOnMeta, Offload, Store, absent, keep_on_host, matrices, present, stored, watch
 from come_pl.tensors import Scratch
 from come_pl.text import hub_reachable
 
@@ -221,7 +220,7 @@ def load_model(
         some = ", ".join(sorted(missing)[:3])
         raise ModelError(f"model {name!r} lacks weights ({some} …) that its config asks for; it would be part random")
     if offload == "cpu" and accelerated:
-        keep_on_host(model)
+        keep_on_host(Decoder(model).layers)
     if where.gguf_file:  # de-quantised now: what is saved from here on is a plain checkpoint
         for attribute in ("quantization_config", "_pre_quantization_dtype"):
             model.config.__dict__.pop(attribute, None)
@@ -235,22 +234,6 @@ def load_model(
     if offload != "disk":
         memory.reuse()
     return model.eval()
-
-
-def keep_on_host(model: Any) -> None:
-    """The matrices of the decoder layers are given to an accelerator only for the forward of their modules."""
-    store, layers = Store(None), Decoder(model).layers
-    for parameter in matrices(layers):
-        store.put(parameter)
-    watch(layers)
-
-
-class _EmptyOnMeta(TorchFunctionMode):
-    """Within it `torch.empty`, which weights begin as, takes no memory: the heap would keep holes of their sizes."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        meta = {"device": "meta"} if func is torch.empty else {}
-        return func(*args, **((kwargs or {}) | meta))
 
 
 def _from_disk(where: Location, config: Any, dtype: torch.dtype | str, store: Store) -> tuple[Any, list[str]]:
@@ -277,7 +260,7 @@ def _from_disk(where: Location, config: Any, dtype: torch.dtype | str, store: St
 
     handle = on_registration(empty)  # type: ignore[arg-type]  # buffers are made in earnest, parameters without content
     try:
-        with _EmptyOnMeta():
+        with EmptyOnMeta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     finally:
         handle.remove()

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from come_pl import tensors
 from come_pl.tensors import Entry, Scratch
@@ -221,3 +222,19 @@ def move(model: Any, target: torch.device | torch.dtype | str) -> Any:
         for parameter in stored(model):
             _let_go(parameter, dtype=target)
     return model
+
+
+def keep_on_host(layers: nn.ModuleList) -> None:
+    """The matrices of decoder layers are given to an accelerator only for the forward of their modules."""
+    store = Store(None)
+    for parameter in matrices(layers):
+        store.put(parameter)
+    watch(layers)
+
+
+class EmptyOnMeta(TorchFunctionMode):
+    """Within it `torch.empty`, which weights begin as, takes no memory: the heap would keep holes of their sizes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        meta = {"device": "meta"} if func is torch.empty else {}
+        return func(*args, **((kwargs or {}) | meta))

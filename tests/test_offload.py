@@ -20,7 +20,7 @@ from come_pl import models
 from come_pl.cli.prune import prune_main
 from come_pl.cli.train import train_main
 from come_pl.decoder import Decoder, family_of
-from come_pl.offload import matrices, move, present, stored
+from come_pl.offload import keep_on_host, matrices, move, present, stored
 from come_pl.pruning.loop import ProgressivePruning
 from come_pl.pruning.methods import METHODS, find
 from come_pl.pruning.module import PruningModule
@@ -62,7 +62,7 @@ def pruned(
     module = PruningModule(checkpoint, **settings)
     model = models.load_model(checkpoint, module.dtype_name, module.offload, folder / "weights")
     if on_host:
-        models.keep_on_host(model)
+        keep_on_host(Decoder(model).layers)
     record = Record(LAYERS, folder / "record.jsonl")
     module.attach(model, record, needs=chosen.needs, span=chosen.span, scratch=folder / "streams")
     refit = Refit(parts).resolved(method, family_of(model.config))
