@@ -177,8 +177,8 @@ def by_tasks(rows: Sequence[Row], settings: Mapping[str, Any], path: Path) -> Pa
     dense, error = 100 * scored[0]["dense_score"], 100 * scored[0]["score_stderr"]
     deepest = min(row["layers"] for row in scored)
     best = min(curves, key=lambda label: (-curves[label].get(deepest, -1.0), label))
-    most = f"{curves[best][deepest]:.1f} % at {deepest} of {layers} layers"
-    title = f"{model_name(settings['model'])}: {best} answers most, {most}; dense {dense:.1f} %"
+    most = f"{curves[best][deepest]:.1f}\u00a0% at {deepest} of {layers} layers"
+    title = f"{model_name(settings['model'])}: {best} answers most, {most}; dense {dense:.1f}\u00a0%"
     caption = f"Each line is a method, pruning from {layers} layers; higher is better.{asked(rows, settings)}"
     caption += " Shaded: dense, give or take that."
     figure, axes, tall = _frame(title, caption, list(curves))
