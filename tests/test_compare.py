@@ -23,8 +23,11 @@ from come_pl.workflows.compare import read_contender, read_contenders
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return furnished(tmp_path_factory.mktemp("compare"))
+
+
+def furnished(folder: Path) -> Path:
     """A folder with a model, text to calibrate on and text held out."""
-    folder = tmp_path_factory.mktemp("compare")
     save_tiny(folder / "model", layers=6)
     tiny_text(folder / "text.txt")
     tiny_text(folder / "held.txt", seed=1)

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 from cli import exit_code
-from conftest import save_tiny, tiny_text
 from PIL import Image
 from questions import questions
-from test_compare import arguments, compared, table
+from test_compare import arguments, compared, furnished, table
 
 from come_pl.cli.evaluate import evaluate_main
 from come_pl.cli.prune import prune_main
@@ -27,10 +26,7 @@ MAINS = {"come_pl.cli.prune": (prune_main, "prune.py"), "come_pl.evaluation": (e
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, text to calibrate on, text held out and tasks."""
-    folder = tmp_path_factory.mktemp("scores")
-    save_tiny(folder / "model", layers=6)
-    tiny_text(folder / "text.txt")
-    tiny_text(folder / "held.txt", seed=1)
+    folder = furnished(tmp_path_factory.mktemp("scores"))
     questions(folder)
     return folder
 

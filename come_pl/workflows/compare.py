@@ -219,9 +219,8 @@ def compare(
             rows += found
             rows.sort(key=lambda row: (-row["layers"], order[row["method"]]))
             write_tables(rows, settings, output)
-        for folder in folders:
-            if not keep_models:
-                _remove_models(folder)
+        for folder in () if keep_models else folders:
+            _remove_models(folder)
     _same_ground(rows)
     write_tables(rows, settings, output)
     finish(output)

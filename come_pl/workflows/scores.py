@@ -87,9 +87,14 @@ class Scoring:
 
 
 def _model(run: Path, depth: int) -> Path:
-    return run / ("model" if depth == read_run(run)["target_layers"] else f"model-{depth}")
+    return run / f"model{_of(run, depth)}"
 
 
 def _file(run: Path, depth: int) -> Path:
     """That of the target depth is where a report of the run looks for it."""
-    return run / ("eval.json" if depth == read_run(run)["target_layers"] else f"eval-{depth}.json")
+    return run / f"eval{_of(run, depth)}.json"
+
+
+def _of(run: Path, depth: int) -> str:
+    """How names of what is of a depth on the way end."""
+    return "" if depth == read_run(run)["target_layers"] else f"-{depth}"
