@@ -366,6 +366,7 @@ def test_deepspeed_resumes(
         (("--trainer.max_steps", "0"), "max_steps 0: nothing would be trained"),
         (("--trainer.max_epochs", "0"), "max_epochs 0: nothing would be trained"),
         (("--model.temperature", "0"), "temperature 0.0: expected a number above 0"),
+        (("--plan", "--model.temperature", "0"), "temperature 0.0: expected a number above 0"),
         (("--distill", "kd", "--model.temperature", "-1"), "temperature -1.0: expected a number above 0"),
         (("--distill", "lora", "--model.alpha", "0"), "alpha 0: expected a number above 0"),
         (("--distill", "kd", "--trainer.strategy", "fsdp", "--trainer.devices", "2"), "give --model.trainable layers"),

@@ -148,11 +148,15 @@ class DistillationModule(LightningModule):
         """How many layers of teacher and student are run, from the first on; None: all of them and the head."""
         return None, None
 
-    def check_trainer(self, trainer: Any) -> None:
-        """Raises ValueError for settings that this method cannot run under; no model is needed."""
+    def check_values(self) -> None:
+        """Raises ValueError for values with which nothing would be learned, whatever the trainer."""
         for name in ("temperature", "alpha"):  # of the methods that have one
             if not (value := getattr(self, name, 1)) > 0:
                 raise ValueError(f"{name} {value}: expected a number above 0")
+
+    def check_trainer(self, trainer: Any) -> None:
+        """Raises ValueError for settings that this method cannot run under; no model is needed."""
+        self.check_values()
         clip = trainer.gradient_clip_val
         if clip is not None and not clip >= 0:
             raise ValueError(f"gradient_clip_val {clip}: expected a norm of at least 0 (0 clips nothing)")

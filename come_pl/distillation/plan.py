@@ -188,6 +188,7 @@ def print_plan(
     from come_pl.distillation.student import LATEST, check_fit, read_pruned
     from come_pl.runs import target_depth
 
+    module.check_values()
     if student is not None or (teacher is None and LATEST.is_dir()):
         pruned = read_pruned(student)
         path = teacher or pruned.teacher
