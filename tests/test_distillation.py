@@ -77,6 +77,29 @@ def test_a_scaled_student_is_compared_with_a_scaled_teacher() -> None:
 
 # -- losses -----------------------------------------------------------------------------------------------------------
 
+def test_float16_does_not_lose_the_gradients_of_logits() -> None:
+    """Those of a mean over thousands of tokens are below what float16 holds until a loss scaler comes."""
+    sizes: dict[str, Any] = {"vocab_size": 1024, "tie_word_embeddings": False}
+    student, teacher = (Decoder(tiny_model("llama", seed=s, **sizes)) for s in (0, 1))
+    with torch.no_grad():
+        for near, parameter in zip(student.model.parameters(), teacher.model.parameters()):
+            parameter.copy_(near + 0.1 * parameter)
+    ids, head = tiny_ids(64, 64), student.model.get_output_embeddings()
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    with torch.no_grad():
+        ours, theirs = student.run(ids), teacher.run(ids)
+    found: list[list[torch.Tensor]] = []
+    for half in (False, True):
+        hidden, head.weight.grad = ours.clone().requires_grad_(), None
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            value = losses.logit_divergence(student, hidden, teacher, theirs, mask)
+        (value * 2**16).backward()
+        assert hidden.grad is not None and head.weight.grad is not None
+        found.append([hidden.grad / 2**16, head.weight.grad / 2**16])
+    for exact, half_precise in zip(*found):
+        assert (exact - half_precise).norm() < 1e-3 * exact.norm()
+
+
 
 @pytest.mark.parametrize("kind", ["mse", "kl", "cosine"])
 def test_state_losses_against_a_loop_over_tokens(kind: Any) -> None:

@@ -77,7 +77,11 @@ def _gathered(weight: Any) -> Iterator[None]:
 
 
 class _Head:
-    """The output projection of a model as a function of (weight, bias), cast once a batch instead of once a chunk."""
+    """The output projection of a model as a function of (weight, bias), cast once a batch instead of once a chunk.
+
+    It is computed in the autocast dtype, but in fp32 for float16: gradients are taken here before a loss scaler has
+    multiplied anything, and those of a mean over tokens are too small for float16.
+    """
 
     def __init__(self, decoder: Decoder):
         module = decoder.model.get_output_embeddings()
@@ -86,6 +90,7 @@ class _Head:
 
     def cast(self) -> tuple[Tensor, Tensor | None]:
         dtype = _autocast_dtype(self.weight.device) or self.weight.dtype
+        dtype = torch.float32 if dtype == torch.float16 else dtype
         return self.weight.detach().to(dtype), None if self.bias is None else self.bias.detach().to(dtype)
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -105,7 +110,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: _Head, per_chunk: Any) -> Tensor:
         needs = ctx.needs_input_grad
         total = torch.zeros((), device=hidden.device)
-        gradient = torch.zeros_like(hidden) if needs[0] else None
+        gradient = torch.zeros_like(hidden, dtype=torch.float32) if needs[0] else None
         with _gathered(head.weight):
             w, b = head.cast()
             of_weight = torch.zeros_like(w, dtype=torch.float32) if needs[1] else None
@@ -118,14 +123,15 @@ class _ChunkedLoss(torch.autograd.Function):
             for begin in range(0, hidden.shape[1], size):
                 part = slice(begin, begin + size)
                 chunk = hidden[:, part].detach()
-                if not any(needs[:3]):
-                    total += per_chunk(head.logits(chunk, w, b), part)
-                    continue
-                with torch.enable_grad():
-                    chunk.requires_grad_(bool(needs[0]))
-                    value = per_chunk(head.logits(chunk, w, b), part)
-                wanted = [t for t in (chunk, w, b) if t is not None and t.requires_grad]
-                found = dict(zip(map(id, wanted), torch.autograd.grad(value, wanted)))
+                with torch.autocast(hidden.device.type, enabled=False):  # else it casts what a backward multiplies, too
+                    if not any(needs[:3]):
+                        total += per_chunk(head.logits(chunk, w, b), part)
+                        continue
+                    with torch.enable_grad():
+                        chunk.requires_grad_(bool(needs[0]))
+                        value = per_chunk(head.logits(chunk, w, b), part)
+                    wanted = [t for t in (chunk, w, b) if t is not None and t.requires_grad]
+                    found = dict(zip(map(id, wanted), torch.autograd.grad(value, wanted)))
                 if gradient is not None:
                     gradient[:, part] = found[id(chunk)]
                 if of_weight is not None:
