@@ -114,6 +114,23 @@ def tiny_model(family: str = "llama", gqa: bool = True, layers: int = 4, seed: i
     return model
 
 
+def seeing_model(layers: int = 4, seed: int = 0) -> Any:
+    """A random Gemma 3 that also sees: its vision tower has projections of the same names as its text model."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {
+        **{"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64},
+        **{"sliding_window": 4, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1},
+    }
+    vision = {
+        **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        **{"image_size": 28, "patch_size": 14},
+    }
+    torch.manual_seed(seed)
+    return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
+
+
 def tiny_ids(windows: int = 3, seq: int = 12, seed: int = 1) -> torch.Tensor:
     """(windows, seq) random tokens that are neither BOS nor padding."""
     return torch.randint(3, VOCABULARY, (windows, seq), generator=torch.Generator().manual_seed(seed))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import save_tiny, tiny_ids, tiny_model, tiny_text
+from conftest import save_tiny, seeing_model, tiny_ids, tiny_model, tiny_text, tiny_tokenizer
 from lightning import Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -28,7 +28,8 @@ from come_pl.distillation.comparisons import KD, LM, Hybrid, LoRA
 from come_pl.distillation.layerwise import CoMeMP, CoMeSP
 from come_pl.distillation.module import DistillationModule, Diverged, NothingToTrain
 from come_pl.distillation.rates import PRESETS, BadRate, by_depth, cosine, learning_rates
-from come_pl.distillation.student import Misfit
+from come_pl.distillation.student import Misfit, read_pruned
+from come_pl.models import load_model
 from come_pl.record import Record, Step, replay
 from come_pl.runs import Run, RunError
 from come_pl.surgery import drop
@@ -398,11 +399,40 @@ def student_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     teacher = save_tiny(folder / "teacher", layers=6)
     tiny_text(folder / "text.txt", words=6000)
     _, student = pruned_pair()
-    from conftest import tiny_tokenizer
-
     run = Run(folder / "run", {})
     student.save_pretrained(folder / "run" / "model")
     tiny_tokenizer().save_pretrained(folder / "run" / "model")
+@pytest.mark.parametrize("method", ["kd", "lora"])
+def test_of_a_model_that_also_sees_only_the_text_learns(method: str, tmp_path: Path) -> None:
+    if method == "lora":
+        pytest.importorskip("peft")
+    teacher, folder = seeing_model(layers=6), tmp_path / "run"
+    student = copy.deepcopy(teacher)
+    for index in (5, 2):
+        drop(Decoder(student), index)
+    run = Run(folder, {})
+    for model, place in ((teacher, tmp_path / "teacher"), (student, folder / "model")):
+        model.save_pretrained(place)
+        tiny_tokenizer().save_pretrained(place)
+    tiny_text(tmp_path / "text.txt")
+    made = {"model": {"path": str(tmp_path / "teacher"), "layers": 6, "dtype": "float32"}, "groups": GROUPS}
+    run.update(**made, status="finished")
+    module = KD(lr=1e-2) if method == "kd" else LoRA(lr=1e-2, r=2)
+    idle: list[str] = []
+
+    def look(*ignored: Any) -> None:
+        named = module.student_model.named_parameters()
+        idle.extend(name for name, p in named if p.requires_grad and p.grad is None)
+
+    module.on_before_optimizer_step = look
+    start(tmp_path, tmp_path / "o", module, method=method, samples=False)
+    assert idle == []  # which several devices would wait for
+    before, after = student.state_dict(), load_model(str(tmp_path / "o" / "model")).state_dict()
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed and before.keys() == after.keys()
+    assert all("language_model" in name or name == "lm_head.weight" for name in changed)
+
+
     run.update(model={"path": teacher, "layers": 6, "dtype": "float32"}, groups=GROUPS, status="finished")
     return folder
 

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 from cli import exit_code
-from conftest import save_tiny, tiny_model, tiny_text, tiny_tokenizer
+from conftest import save_tiny, seeing_model, tiny_model, tiny_text, tiny_tokenizer
 from torch import nn
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from come_pl import models
 from come_pl.cli.prune import prune_main
@@ -66,16 +65,7 @@ def test_auto_is_the_dtype_of_where_the_run_is(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_model_with_other_parts_is_not_read_from_disk(tmp_path: Path) -> None:
-    text = {
-        **{"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 8},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "sliding_window": 4},
-    }
-    vision = {
-        **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
-        **{"image_size": 28, "patch_size": 14},
-    }
-    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    seeing_model(layers=3).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="--offload disk reads models of text alone"):
         load_model(str(tmp_path), offload="disk")
     assert len(Decoder(load_model(str(tmp_path)))) == 3

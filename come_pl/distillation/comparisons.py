@@ -118,7 +118,9 @@ class LoRA(_WholeStudent):
             raise ValueError("--distill lora needs peft: pip install 'come_pl[lora]'") from None
         family = self.student.family
         paths = [family.query, family.key, family.value, family.attention_output, *family.mlp_inputs, family.mlp_output]
-        targets = sorted({path.rpartition(".")[2] for path in paths})
+        names = {id(module): name for name, module in self.student_model.named_modules()}
+        # in full: a model that also sees has projections of the same names elsewhere
+        targets = [names[id(self.student.part(layer, path))] for layer in self.student.layers for path in paths]
         config = LoraConfig(r=self.r, lora_alpha=self.alpha, target_modules=targets, lora_dropout=0.0)
         inject_adapter_in_model(config, self.student_model)
         for name, parameter in self.student_model.named_parameters():

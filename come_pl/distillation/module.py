@@ -207,9 +207,10 @@ class DistillationModule(LightningModule):
                 other.data = mine.data
 
     def prepare(self) -> None:
-        """Chooses what learns."""
-        for parameter in self.student_model.parameters():
-            parameter.requires_grad_(self.trainable == "all")
+        """Chooses what learns: nothing but the text model and its head, where a model has more."""
+        self.student_model.requires_grad_(False)
+        for part in (self.student.base, self.student_model.get_output_embeddings()):
+            part.requires_grad_(self.trainable == "all")
         for index, layer in enumerate(self.student.layers):
             layer.requires_grad_(self.trainable != "merged" or index in self.merged)
 
