@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -31,6 +32,31 @@ def test_one_that_could_not_be_written_whole_is_not_there(tmp_path: Path, monkey
     found = newest(folder)
     assert found is not None
     assert torch.equal(plugin.load_checkpoint(found, weights_only=True)["weights"], torch.ones(9))
+
+
+def test_deepspeeds_is_there_once_all_processes_have_saved(tmp_path: Path) -> None:
+    """`latest`, DeepSpeed's own word for it, is written by the first process while others still save."""
+
+    class Strategy:
+        checkpoint_io = None
+        removed: ClassVar[list[Path]] = []
+
+        def remove_checkpoint(self, path: Path) -> None:
+            self.removed.append(path)
+
+    def save(path: Path, weights_only: bool) -> None:
+        (path / "checkpoint").mkdir(parents=True)
+        (path / "latest").write_text("checkpoint")
+        found.append(newest(tmp_path))
+
+    found: list[Path | None] = []
+    trainer: Any = SimpleNamespace(is_global_zero=True, strategy=Strategy(), save_checkpoint=save)
+    callback = Checkpoints(tmp_path, 1)
+    for step in (1, 2):
+        trainer.global_step = step
+        callback._save(trainer)
+        assert newest(tmp_path) == tmp_path / f"step={step}.ckpt"
+    assert found == [None, tmp_path / "step=1.ckpt"] and Strategy.removed == [tmp_path / "step=1.ckpt"]
 
 
 class Own(TorchCheckpointIO):

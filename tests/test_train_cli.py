@@ -314,7 +314,7 @@ def test_deepspeed_resumes(
     more = ("--trainer.devices", 2, "--trainer.strategy", "deepspeed_stage_2")
 
     def halfway() -> bool:
-        found = list((output / "checkpoints").glob("step=*.ckpt/latest"))
+        found = list((output / "checkpoints").glob("step=*.ckpt/whole"))
         return bool(found) and (output / "curves.csv").is_file() and len(curve(output)) >= 9
 
     kill_when(halfway, "train.py", *flags(output, *more, batch=2), cwd=home)

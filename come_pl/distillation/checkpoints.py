@@ -18,6 +18,7 @@ from come_pl.distillation.module import DistillationModule
 from come_pl.record import write_atomically
 
 FOLDER, BEST = "checkpoints", "best.safetensors"
+WHOLE = "whole"  # in a checkpoint that is a folder, once all of it is there
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -35,29 +36,32 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 def newest(folder: Path) -> Path | None:
     """The checkpoint with the highest step that was written whole."""
-    found = [
-        p for p in folder.glob("step=*.ckpt") if p.is_file() or (p / "latest").is_file()
-    ]  # DeepSpeed's is a folder
+    # DeepSpeed's is a folder, with files of all processes
+    found = [p for p in folder.glob("step=*.ckpt") if p.is_file() or (p / WHOLE).is_file()]
     return max(found, key=lambda p: int(p.stem.removeprefix("step=")), default=None)
 
 
 def full_state(module: DistillationModule) -> dict[str, torch.Tensor]:
-    """Trained parameters of the student, whole, on the CPU, whatever strategy shards them. Called on all ranks.
+    """Trained parameters of the student, whole, on the CPU, whatever strategy shards them. Called on all ranks, and
+    empty on all but the first: the others' host memory is not for copies that nobody reads.
 
     Where DeepSpeed computes in bf16, these are the fp32 weights of its optimizer.
     """
-    state = {}
+    state: dict[str, torch.Tensor] = {}
+    main = module.global_rank == 0
     for name, parameter in module.student_model.named_parameters():
         if name not in module.trained:
             continue
         if parameter.dtype != torch.float32 and hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
             from deepspeed.utils import safe_get_full_fp32_param
 
-            state[name] = safe_get_full_fp32_param(parameter).detach().cpu().clone()
+            whole = safe_get_full_fp32_param(parameter)
         elif hasattr(parameter, "full_tensor"):
-            state[name] = parameter.full_tensor().detach().cpu()
+            whole = parameter.full_tensor()
         else:
-            state[name] = parameter.detach().cpu().clone()
+            whole = parameter
+        if main:
+            state[name] = whole.detach().to("cpu", copy=True)
     return state
 
 
@@ -118,7 +122,9 @@ class Checkpoints(Callback):
         self.saved = step
         before = sorted(self.folder.glob("step=*.ckpt")) if trainer.is_global_zero else []
         new = self.folder / f"step={step}.ckpt"
-        trainer.save_checkpoint(new, weights_only=False)  # what a run goes on from is more
+        trainer.save_checkpoint(new, weights_only=False)  # what a run goes on from is more; returns when all have saved
+        if trainer.is_global_zero and new.is_dir():
+            write_atomically(new / WHOLE, "")
         for old in before:
             if old != new:
                 trainer.strategy.remove_checkpoint(old)
@@ -132,8 +138,8 @@ class KeepBest(Callback):
 
     Attributes:
         step, loss: of the weights in the file; None and infinity while there are none.
-        last: the trained weights at the end, read while their strategy still has them where it can gather them; None
-            if nothing was left to train.
+        last: the trained weights at the end, read while their strategy still has them where it can gather them, on the
+            first process; None if nothing was left to train.
         validated: step of the last validation.
     """
 
