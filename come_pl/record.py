@@ -11,7 +11,6 @@ import json
 import math
 import os
 import platform
-import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +28,11 @@ from come_pl.decoder import Decoder
 from come_pl.offload import present
 from come_pl.surgery import Kept
 from come_pl.tensors import TensorFile, TensorFileError
+
+if sys.platform == "win32":
+    import psutil
+else:
+    import resource
 
 
 class RecordError(ValueError):
@@ -305,7 +309,7 @@ def write_atomically(path: Path, content: str | bytes | Callable[[Path], None]) 
             content(partial)
         else:
             partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        with open(partial, "rb") as file:
+        with open(partial, "r+b") as file:  # Windows syncs only what can be written
             os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException:
@@ -355,5 +359,7 @@ class Meter:
                     return int(line.split()[1]) / 2**20
         except OSError:
             pass
+        if sys.platform == "win32":
+            return psutil.Process().memory_info().peak_wset / 2**30
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / (2**30 if sys.platform == "darwin" else 2**20)
