@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
+from cli import exit_code
 
+from come_pl.cli.train import train_main
 from come_pl.distillation.comparisons import KD, LM, LoRA
 from come_pl.distillation.plan import GIB, device_count, memory_plan
 from come_pl.models import on_meta
@@ -44,3 +47,38 @@ def test_the_heads_share_grows_with_the_vocabulary() -> None:
 def test_devices_are_counted(said: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     assert device_count(said) == count
+
+
+@pytest.mark.parametrize(
+    ("more", "student", "teacher"),
+    [
+        ((), 4, "all"),
+        (("--trainer.precision", "bf16-mixed"), 4, "all"),
+        (("--trainer.precision", "bf16-mixed", "--trainer.strategy", "deepspeed_stage_3"), 2, "all"),
+        (("--offload", "cpu"), 4, "all"),
+        (("--offload", "disk"), 4, "rest"),
+    ],
+)
+def test_what_processes_read_before_they_train_is_counted(
+    more: tuple[str, ...],
+    student: int,
+    teacher: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """Both models, whole, in every process: the teacher as it is stored on an accelerator, the student in fp32, but as
+    it is stored where DeepSpeed makes the fp32 copies."""
+    sizes: dict[str, Any] = {"vocab_size": 40_000, "hidden_size": 512, "intermediate_size": 2048}
+    config = transformers.LlamaConfig(num_hidden_layers=10, num_attention_heads=8, dtype="bfloat16", **sizes)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    on = ("--trainer.accelerator", "gpu", "--trainer.devices", "4", "--teacher", str(tmp_path), *more)
+    assert exit_code(train_main, "train.py", "--plan", *on, monkeypatch=monkeypatch) == 0
+    layer, outside = 4 * 512 * 512 + 3 * 512 * 2048 + 2 * 512, 2 * 40_000 * 512 + 512
+    matrices = 10 * (layer - 2 * 512)
+    ours = 7 * layer + outside  # 30 % of 10 layers fewer
+    theirs = 10 * layer + outside - (matrices if teacher == "rest" else 0)
+    told = float(capsys.readouterr().out.partition("host memory, 4 process(es) loading")[2].split()[0])
+    assert told == pytest.approx(4 * (student * ours + 2 * theirs) / GIB, abs=2e-3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ CHUNKS = 6  # as many times a chunk's logits in fp32 are there at once; measured
 
 @dataclass(frozen=True)
 class Plan:
-    """GiB on each device; `host` is what offloading moves to the CPU's memory, for each device.
+    """GiB on each device; `host` is what offloading moves to the CPU's memory, for each device, and `loading` what each
+    of the `processes` of a machine has there before its models are where they are trained.
 
     `teacher` is what the teacher holds by itself: layers that no loss needs are let go, and frozen layers that the
     student has unchanged count with the student (`shared` GiB of it).
@@ -35,6 +36,8 @@ class Plan:
     shared: float = 0.0
     trained: int = 0
     parameters: int = 0
+    loading: float = 0.0
+    processes: int = 1
 
     @property
     def total(self) -> float:
@@ -48,7 +51,8 @@ class Plan:
             ("optimizer states", self.optimizer),
             ("activations", self.activations),
             ("total per device", self.total),
-            *([("host memory, offloaded", self.host)] if self.host else []),
+            *([("host memory per device, offloaded", self.host)] if self.host else []),
+            (f"host memory, {self.processes} process(es) loading", self.loading * self.processes),
         ]
         return "\n".join([title, *(f"  {name:<38}{value:9.3f} GiB" for name, value in rows)])
 
@@ -133,6 +137,24 @@ def memory_plan(
     )
 
 
+def loaded_dtype(stored: str, precision: str, deepspeed: bool) -> str:
+    """What a student is read in: as it is stored where DeepSpeed computes in bf16, which makes its fp32 copies from
+    bf16 weights; else in fp32."""
+    return stored if deepspeed and precision.startswith("bf16") else "float32"
+
+
+def held_while_loading(teacher: Any, student: Any, dtype: str, offload: Offload) -> float:
+    """Bytes of host memory of both models (on the meta device, the teacher in the dtype that it is read in), whole, as
+    each process reads them.
+
+    Args:
+        dtype: what the student is read in.
+    """
+    away = {id(p) for layer in Decoder(teacher).layers for p in matrices(layer)} if offload == "disk" else set()
+    ours = getattr(torch, dtype).itemsize * sum(p.numel() for p in student.parameters())
+    return held(p for p in teacher.parameters() if id(p) not in away) + ours
+
+
 def _activations(module: DistillationModule, tokens: int, element: int) -> float:
     decoder = module.student
     hidden = decoder.geometry.hidden
@@ -204,14 +226,18 @@ def print_plan(
         groups = planned_groups(layers, depth)
         small = None
     accelerated = on["accelerator"] in ("gpu", "cuda") or (on["accelerator"] == "auto" and torch.cuda.is_available())
+    stored = str(getattr(small or dense, "dtype", None) or torch.float32).removeprefix("torch.")
+    dtype = loaded_dtype(stored, on["precision"], on["strategy"].startswith("deepspeed"))
     dense_model = on_meta(dense, getattr(dense, "dtype", None) or torch.float32) if accelerated else on_meta(dense)
     student_model = on_meta(small if small is not None else dense)
     if small is None:
         decoder = Decoder(student_model)
         decoder.base.layers = torch.nn.ModuleList(list(decoder.layers)[: len(groups)])
     depth = len(Decoder(dense_model))
+    read = held_while_loading(dense_model, student_model, dtype, offload)
     module.attach(dense_model, student_model, groups)
-    devices = device_count(on["devices"]) * int(on["num_nodes"])
+    processes = device_count(on["devices"])
+    devices = processes * int(on["num_nodes"])
     plan = memory_plan(
         module,
         precision=on["precision"],
@@ -221,6 +247,7 @@ def print_plan(
         seqlen=data.seqlen,
         offload=offload,
     )
+    plan = replace(plan, loading=read / GIB, processes=processes)
     title = (
         f"{path}, {depth} → {len(groups)} layers, {type(module).__name__} on {devices} device(s), "
         f"{on['strategy']}, {on['precision']}, {data.batch_size} windows of {data.seqlen} tokens"

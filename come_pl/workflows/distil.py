@@ -30,6 +30,7 @@ from come_pl.distillation.checkpoints import (
 )
 from come_pl.distillation.curves import Curves
 from come_pl.distillation.module import DistillationModule, Diverged
+from come_pl.distillation.plan import loaded_dtype
 from come_pl.distillation.strategy import checkpoint_of
 from come_pl.distillation.student import Pruned, check_fit, read_pruned
 from come_pl.offload import Offload, move
@@ -112,7 +113,9 @@ def distil(
     reads += [("--evaluation.data", text) for text in evaluation.data]
     run = Run(output, identity, overwrite=overwrite, main=main, reads=reads)
     with run:
-        student_model = models.load_model(str(pruned.folder / "model"), "float32")
+        deepspeed = isinstance(trainer.strategy, DeepSpeedStrategy)
+        dtype = loaded_dtype(pruned.dtype, str(trainer.precision), deepspeed)
+        student_model = models.load_model(str(pruned.folder / "model"), dtype)
         marks = _marks(student_model, data)
         _check_marks(run, marks)
         if run.finished:
@@ -143,10 +146,10 @@ def distil(
             known = measure(student_model, texts, "before", known, device)
             if known != run.info.get("perplexity"):  # another text than before it was cut off, or the first time
                 run.update(perplexity=known)
-        module.attach(dense_model, student_model, pruned.groups, pruned.scales)
-        saved = size if isinstance(trainer.strategy, DeepSpeedStrategy) else 4 * trained_count(module)
+        module.attach(dense_model, student_model, pruned.groups, pruned.scales, pruned.adapted)
+        saved = size if deepspeed else 4 * trained_count(module)
         check_space(output, (7 * saved + size) / GIB)  # two checkpoints, the best weights, the model
-        module.lighten(str(trainer.precision), isinstance(trainer.strategy, DeepSpeedStrategy))
+        module.lighten(str(trainer.precision), deepspeed)
         curves = Curves(output)
         best = KeepBest(output / FOLDER / BEST)
         trainer.callbacks += [curves, best, Checkpoints(output / FOLDER, save_every)]  # type: ignore[attr-defined]
