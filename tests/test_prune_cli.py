@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 from come_pl.cli.common import normalise, scan
 from come_pl.cli.prune import ALIASES, LISTS, SWITCHES, prune_main
+from come_pl.decoder import Decoder
 from come_pl.models import ModelError, load_model
-from come_pl.runs import Run, read_run
+from come_pl.runs import Run, RunError, read_run
 
 SMALL = ("--data.tokens", 512, "--data.seqlen", 32, "--evaluation.tokens", 512, "--seed", 3)
 
@@ -222,6 +223,10 @@ def refuse(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *argu
         (("--target_layers", 3, "--method", "reverse", "--retain_layer", 9), "retain_layer 9: the model has layers 0"),
         (("--target_layers", 3, "--method", "sleb", "--method.barriers", 2), "barriers 2 protect 4 layers"),
         (("--target_layers", "three"), "three"),
+        (("--target_layers", 3, "--method", "sleb", "--refit_when", "end"), "refit.when end: nothing is repaired here"),
+        (("--target_layers", 3, "--refit", "none", "--refit_last", 4), "refit.last 4: nothing is repaired"),
+        (("--target_layers", 3, "--method", "mka", "--refit_ahead", 1), "refit.ahead 1: nothing is repaired"),
+        (("--target_layers", 3, "--method", "mka", "--refit.folds", 3), "refit.folds 3: nothing is repaired"),
         (("--target_layers", 3, "--no_such_option", 1), "no_such_option"),
         (("--config", "no_such.yaml"), "no_such.yaml"),
     ],
@@ -527,6 +532,113 @@ def test_folder_that_cannot_be_written(
 
     monkeypatch.setattr(Path, "write_text", read_only)
     assert "Read-only" in refuse(capsys, monkeypatch, *basic(tiny, text, tmp_path / "other"))
+
+
+def test_parts_of_a_repair_may_be_left_out_where_there_is_none(
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    off = ("--refit_last", 0, "--refit_ahead", 0, "--refit_channels", "own", "--refit_final", "false")
+    words = *basic(tiny, text, tmp_path / "run"), "--method", "reverse", *off, "--samples", "false"
+    assert exit_code(prune_main, "prune.py", *words, monkeypatch=monkeypatch) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "why", "saved"),
+    [
+        ((), "4, 5 not measured: repairs come at the end", {4, 5}),
+        (("--refit", "none"), "4, 5 not measured: shortest_path plans for the last depth", {4, 5}),
+        (("--method", "sleb"), None, {4, 5}),
+        (("--method", "sleb", "--evaluation.at", "[4,9]"), "9 not measured: depths on the way are 4 to 5", {4}),
+    ],
+)
+def test_depths_that_are_saved_are_those_that_are_asked_for(
+    more: tuple[object, ...],
+    why: str | None,
+    saved: set[int],
+    tiny: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    at = ("--continue_saving", "--evaluation.at", "[4,5]", "--samples", "false")
+    words = *basic(tiny, text, tmp_path / "run"), *at, *more
+    assert exit_code(prune_main, "prune.py", *words, monkeypatch=monkeypatch) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--evaluation.at")]
+    assert said == ([f"--evaluation.at: {why}"] if why else [])
+    assert {p.name for p in (tmp_path / "run").glob("model-*")} == {f"model-{depth}" for depth in saved}
+
+
+@pytest.mark.parametrize(
+    ("method", "batches", "matters"),
+    [
+        (("--method", "shortgpt"), (2, 4), False),
+        (("--method", "sleb"), (2, 4), False),
+        (("--method", "sleb", "--method.race", "true"), (2, 4), True),
+        (("--method", "streamline", "--method.epochs", 1), (2, 4), True),
+        (("--method", "replaceme"), (2, 4), False),
+        (("--method", "replaceme", "--method.solver", "cosine"), (2, 4), True),
+        (("--method", "prune_comp", "--method.windows", 8), (2, 4), False),  # whole batches either way
+        (("--method", "prune_comp", "--method.windows", 6), (2, 4), True),
+        (("--method", "come", "--select", "local"), (2, 4), True),
+    ],
+)
+def test_batches_are_part_of_what_a_run_is_where_they_decide(
+    method: tuple[object, ...],
+    batches: tuple[int, int],
+    matters: bool,
+    tiny: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    words = [*basic(tiny, text, tmp_path / "run"), *method, "--trainer.max_steps", 1, "--data.batch_size"]
+    assert exit_code(prune_main, "prune.py", *words, batches[0], monkeypatch=monkeypatch) == 0
+    code = exit_code(prune_main, "prune.py", *words, batches[1], monkeypatch=monkeypatch)
+    assert code == (2 if matters else 0)
+    assert ("holds another run (batches." in capsys.readouterr().err) == matters
+
+
+@pytest.mark.parametrize(
+    ("more", "layers", "streams"),
+    [
+        (("--method", "shortgpt"), 0, 0),
+        (("--method", "fusegpt", "--method.group_size", 4, "--method.epochs", 1), 3 * 4, 0),
+        (("--method", "streamline"), 3 * 1, 0),
+        (("--method", "come"), 3 + 3, 0),  # a layer a step, and all that are left at the end
+        ((), 3, 0),
+        (("--method", "shortgpt", "--cache_gib", 0), 0, 1),
+        (("--method", "shortgpt", "--cache", "disk"), 0, 1),
+        (("--method", "shortgpt", "--cache", "none"), 0, 0),
+    ],
+)
+def test_room_is_asked_for_all_that_is_written(
+    more: tuple[object, ...],
+    layers: int,
+    streams: int,
+    tiny: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The model, layers of weights that steps keep, and streams that are not in memory."""
+    from come_pl.workflows import prune as workflow
+
+    asked: list[float] = []
+
+    def enough(folder: Path, gib: float) -> None:
+        asked.append(gib * 2**30)
+        raise RunError("enough")
+
+    monkeypatch.setattr(workflow, "check_space", enough)
+    monkeypatch.setattr(workflow, "retires", lambda *_: False)  # dense layers that are put away count, too
+    words = *basic(tiny, text, tmp_path / "run"), *more
+    assert exit_code(prune_main, "prune.py", *words, monkeypatch=monkeypatch) == 2
+    decoder = Decoder(load_model(str(tiny)))
+    model = sum(p.numel() for p in decoder.model.parameters())
+    expected = 1.1 * model + layers * decoder.layer_parameters + streams * 2 * 512 * 32 * 7
+    assert asked == [pytest.approx(4 * expected)]
 
 
 def test_disk_without_room(

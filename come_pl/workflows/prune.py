@@ -21,6 +21,7 @@ from come_pl.offload import move
 from come_pl.pruning.last_layers import affordable
 from come_pl.pruning.loop import ProgressivePruning, PruningBar, log_step, retires
 from come_pl.pruning.methods import find
+from come_pl.pruning.methods.base import Method
 from come_pl.pruning.methods.shortest_path import BRIDGE
 from come_pl.pruning.module import PruningModule
 from come_pl.pruning.refit import Refit
@@ -75,7 +76,9 @@ def prune(
     )
     shapes = Decoder(models.on_meta(config))
     last = affordable(shapes.geometry, module.offload != "none")
-    refit = (refit or Refit("none")).resolved(name, family_of(config), last)
+    asked = refit or Refit("none")
+    refit = asked.resolved(name, family_of(config), last)
+    _check_idle(asked, refit)
     options = _selecting(dict(options), refit)
     chosen = method_class(**options)
     target = target_depth(config.num_hidden_layers, target_layers, sparsity)
@@ -100,6 +103,7 @@ def prune(
         "target_layers": target,
         "data": {"source": windows.source, "tokens": windows.tokens, "fingerprint": windows.fingerprint},
         "monitor": module.monitor_windows,
+        **({"batches": dealt} if (dealt := _dealt(chosen, data.batch_size * trainer.world_size)) else {}),
         "seed": seed,
     }
     output = output or ROOT / f"{_slug(module.path)}-{name}-{target}-{digest(identity)}"
@@ -123,18 +127,21 @@ def prune(
         model = models.load_model(module.path, module.dtype_name, module.offload, scratch / "weights", accelerated)
         loading = meter.seconds
         size = next(model.parameters()).element_size()
+        layers = config.num_hidden_layers
         bytes_left = models.parameter_count(model) * size
-        saves = on_the_way if evaluation.at else set(range(target + 1, config.num_hidden_layers))
-        saves = {depth for depth in saves if continue_saving and depth > target}
-        needed = 1.1 * bytes_left * (1 + len(saves))
+        between = range(target + 1, layers)
+        saves = set(evaluation.at or between).intersection(between) if continue_saving else set()
+        needed = 1.1 * bytes_left * (1 + len(saves)) + size * shapes.layer_parameters * _written(
+            chosen, refit, layers, target
+        )
         if module.offload == "disk" or retires(chosen, refit):  # new layers, or dense ones: at most all
             needed += bytes_left
-        if module.cache == "disk":  # streams of the dense model and of the pruned one
-            needed += 2 * size * windows.input_ids.numel() * config.hidden_size * (config.num_hidden_layers + 1)
+        if module.cache != "none":  # streams of the dense model and of the pruned one
+            streams = 2 * size * windows.input_ids.numel() * config.hidden_size * (layers + 1)
+            needed += max(0.0, streams - module.cache_gib * 2**30)
         check_space(output, needed / 2**30)
 
         record_file = output / "record.jsonl"
-        layers = config.num_hidden_layers
         begun = run.resumed and record_file.is_file()
         record = Record.read(record_file, layers) if begun else Record(layers, record_file)
         fingerprint = models.fingerprint(model)
@@ -147,6 +154,12 @@ def prune(
         if main:
             if continue_saving and refit.ends:
                 print("--continue_saving: repairs come at the end; models of depths on the way are saved without them")
+            if skipped := sorted(set(evaluation.at) - on_the_way.intersection(between) - {target}):
+                why = "repairs come at the end" if refit.ends else f"{name} plans for the last depth"
+                why = (
+                    why if set(skipped).intersection(between) else f"depths on the way are {target + 1} to {layers - 1}"
+                )
+                print(f"--evaluation.at: {', '.join(map(str, skipped))} not measured: {why}")
             if run.resumed and record.steps:
                 print(f"going on from step {len(record.steps)}: {record.layers} of {layers} layers left")
             run.update(
@@ -253,6 +266,30 @@ def costs(record: Record) -> dict[str, float]:
         "seconds": round(sum(s.seconds for s in record.steps), 2),
         "peak_gib": round(max(s.peak_gib for s in record.steps), 3),
     }
+
+
+def _check_idle(asked: Refit, refit: Refit) -> None:
+    """Raises ValueError: settings of a repair that does not come."""
+    unset = {"when": "auto", "weighting": "inverse", "folds": 4, "ahead": 2, "channels": "group", "last": "auto"}
+    for name, value in unset.items():
+        given = getattr(asked, name)
+        if not refit.on and given not in (value, 0, "own"):  # a part that is asked to be left out is left out
+            raise ValueError(
+                f"refit.{name} {given}: nothing is repaired here (--refit {asked.parts}); give --refit down, both or "
+                "all, or leave it out"
+            )
+
+
+def _dealt(chosen: Method, at_once: int) -> dict[str, int]:
+    """What of the windows in all processes' batches decides the result, as part of a run's identity."""
+    by_error = getattr(chosen, "select", "span") != "span"  # on the first tokens, up to whole batches
+    return chosen.dealt(at_once) | ({"at_once": at_once} if by_error else {})
+
+
+def _written(chosen: Method, refit: Refit, layers: int, target: int) -> int:
+    """Layers, at most, whose weights the steps keep in files of their own."""
+    each = chosen.writes + int(refit.on and refit.when == "step")
+    return each * (layers - target) + (target if refit.ends else 0)
 
 
 def _selecting(options: dict[str, Any], refit: Refit) -> dict[str, Any]:

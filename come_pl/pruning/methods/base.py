@@ -40,6 +40,7 @@ class Method(ABC):
             need not stay in memory.
         pass_windows: calibration windows that passes before a step run on, rounded up to whole batches, for a method
             that looks at no others; all without it.
+        writes: layers that a step gives weights of their own, at most.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -47,6 +48,7 @@ class Method(ABC):
     progressive = False
     spares_teacher = False
     pass_windows: int | None = None
+    writes = 0
 
     def needs_for(self, record: Record) -> frozenset[str]:
         """What the next step needs of `needs`; without any no pass is run."""
@@ -56,6 +58,18 @@ class Method(ABC):
         """The spans that the next step may take, for a method that takes one of the least distance of all tokens and
         may give others up before all text has run through them; None: everything runs."""
         return None
+
+    @property
+    def by_batches(self) -> bool:
+        """Whether its steps depend on which windows are in a batch, of all processes: it trains, or races candidates
+        batch after batch."""
+        return any(getattr(self, name, False) for name in ("epochs", "race", "race_sites"))
+
+    def dealt(self, at_once: int) -> dict[str, int]:
+        """What of `at_once` windows in the batches of all processes together decides its steps."""
+        named = {name: getattr(self, name, None) for name in ("windows", "pass_windows")}
+        found = {name: -(-count // at_once) * at_once for name, count in named.items() if count is not None}
+        return found | ({"at_once": at_once} if self.by_batches else {})
 
     def check(self, family: Family, layers: int, remove: int) -> None:
         """Raises ValueError, before a model is loaded or text is run, for one of `layers` layers that the method cannot

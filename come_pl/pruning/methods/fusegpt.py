@@ -78,6 +78,7 @@ class FuseGPT(Method):
         check(group_size=(group_size, 2), epochs=(epochs, 0), coef_rank=(coef_rank, 1), lora_rank=(lora_rank, 1))
         check(coef_lr=(coef_lr, 0), lr=(lr, 0), kl_dim=(kl_dim, Literal[-1, 0]), windows=(windows, 1))
         self.group_size, self.epochs, self.coef_rank, self.lora_rank = group_size, epochs, coef_rank, lora_rank
+        self.writes = group_size if epochs else 0
         self.coef_lr, self.lr, self.kl_dim, self.windows = coef_lr, lr, kl_dim, windows
 
     def __call__(

@@ -63,10 +63,15 @@ class ReplaceMe(Method):
     """
 
     needs = frozenset({"streams"})
+    writes = 1
 
     def __init__(self, solver: Solver = "least_squares", ridge: float = 0.0, lr: float = 1e-3, epochs: int = 10):
         check(solver=(solver, Solver), ridge=(ridge, 0), lr=(lr, 0), epochs=(epochs, 0))
         self.solver, self.ridge, self.lr, self.epochs = solver, ridge, lr, epochs
+
+    @property
+    def by_batches(self) -> bool:
+        return self.solver == "cosine" and self.epochs > 0
 
     def check(self, family: Family, layers: int, remove: int) -> None:
         if not family.linear_outputs:

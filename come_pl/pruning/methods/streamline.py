@@ -66,6 +66,7 @@ class Streamline(Method):
     """
 
     needs = frozenset({"streams"})
+    writes = 1
 
     def __init__(
         self,
