@@ -33,6 +33,7 @@ from come_pl.models import load_model
 from come_pl.record import Record, Step, replay
 from come_pl.runs import Run, RunError
 from come_pl.surgery import drop
+from come_pl.taps import stream_from
 from come_pl.workflows import distil as workflow
 from come_pl.workflows.distil import distil
 from come_pl.workflows.texts import EvaluationText
@@ -76,8 +77,6 @@ def test_a_scaled_student_is_compared_with_a_scaled_teacher() -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=0)
 
 
-# -- losses -----------------------------------------------------------------------------------------------------------
-
 def test_float16_does_not_lose_the_gradients_of_logits() -> None:
     """Those of a mean over thousands of tokens are below what float16 holds until a loss scaler comes."""
     sizes: dict[str, Any] = {"vocab_size": 1024, "tie_word_embeddings": False}
@@ -100,6 +99,8 @@ def test_float16_does_not_lose_the_gradients_of_logits() -> None:
     for exact, half_precise in zip(*found):
         assert (exact - half_precise).norm() < 1e-3 * exact.norm()
 
+
+# -- losses -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["mse", "kl", "cosine"])
@@ -331,6 +332,38 @@ def test_mp_teacher_stops_at_the_last_boundary_and_student_never_runs_whole() ->
     assert calls == [f"teacher {i}" for i in range(5)] + ["student 1", "student 2"]
 
 
+@pytest.mark.parametrize(
+    ("inputs", "adapted", "own"),
+    [("auto", True, True), ("auto", False, False), ("teacher", True, False), ("student", False, True)],
+)
+def test_mp_reads_the_own_stream_of_a_student_that_was_fitted_to_it(inputs: Any, adapted: bool, own: bool) -> None:
+    module = CoMeMP(inputs=inputs)
+    module.attach(*pruned_pair(), GROUPS, adapted=adapted)
+    ran: list[tuple[int, bool]] = []
+    for index, layer in enumerate(module.student.layers):
+        layer.register_forward_hook(lambda m, a, out, i=index: ran.append((i, stream_from(out).requires_grad)))
+    module.losses(batch_of())
+    # those that do not learn keep nothing for a backward
+    assert ran == ([(i, i in (1, 3)) for i in range(4)] if own else [(1, True), (3, True)])
+
+
+@pytest.mark.parametrize(
+    ("info", "adapted"),
+    [
+        ({}, False),
+        ({"refit": {"parts": "none"}}, False),
+        ({"refit": {"parts": "down"}}, True),
+        ({"student": {"run": "pruned"}}, True),
+    ],
+)
+def test_a_repaired_or_trained_student_is_known_as_such(info: dict[str, Any], adapted: bool, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    made = info | {"model": {"path": "dense", "layers": 6}, "groups": GROUPS, "status": "finished"}
+    (tmp_path / "run.json").write_text(json.dumps(made))
+    assert read_pruned(str(tmp_path)).adapted == adapted
+
+
 def test_sp_reaches_layers_below_and_checkpointing_changes_nothing() -> None:
     gradients = []
     for checkpointing in (False, True):
@@ -371,37 +404,6 @@ def test_teacher_is_hidden_and_only_what_learns_is_checkpointed() -> None:
     assert {n.split(".")[3] for n, p in module.named_parameters() if p.requires_grad} == {"1", "3"}
 
 
-def test_lora_merged_equals_the_adapted_model() -> None:
-    pytest.importorskip("peft")
-    module = attached(LoRA(r=4))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in module.student_model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.05)
-        ids = tiny_ids()
-        adapted = module.student_model(ids).logits
-        names = {g["name"]: len(g["params"]) for g in module.parameter_groups()}
-        module.finish()
-        torch.testing.assert_close(module.student_model(ids).logits, adapted, rtol=1e-4, atol=1e-5)
-    assert names == {"layer 1": 14, "layer 3": 14, "others": 28}
-    plain = set(pruned_pair()[1].state_dict())
-    assert set(module.student_model.state_dict()) == plain
-
-
-# -- runs -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def student_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder as prune.py leaves it, beside its teacher and texts."""
-    folder = tmp_path_factory.mktemp("distil")
-    teacher = save_tiny(folder / "teacher", layers=6)
-    tiny_text(folder / "text.txt", words=6000)
-    _, student = pruned_pair()
-    run = Run(folder / "run", {})
-    student.save_pretrained(folder / "run" / "model")
-    tiny_tokenizer().save_pretrained(folder / "run" / "model")
 @pytest.mark.parametrize("method", ["kd", "lora"])
 def test_of_a_model_that_also_sees_only_the_text_learns(method: str, tmp_path: Path) -> None:
     if method == "lora":
@@ -433,6 +435,37 @@ def test_of_a_model_that_also_sees_only_the_text_learns(method: str, tmp_path: P
     assert all("language_model" in name or name == "lm_head.weight" for name in changed)
 
 
+def test_lora_merged_equals_the_adapted_model() -> None:
+    pytest.importorskip("peft")
+    module = attached(LoRA(r=4))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in module.student_model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+        ids = tiny_ids()
+        adapted = module.student_model(ids).logits
+        names = {g["name"]: len(g["params"]) for g in module.parameter_groups()}
+        module.finish()
+        torch.testing.assert_close(module.student_model(ids).logits, adapted, rtol=1e-4, atol=1e-5)
+    assert names == {"layer 1": 14, "layer 3": 14, "others": 28}
+    plain = set(pruned_pair()[1].state_dict())
+    assert set(module.student_model.state_dict()) == plain
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def student_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder as prune.py leaves it, beside its teacher and texts."""
+    folder = tmp_path_factory.mktemp("distil")
+    teacher = save_tiny(folder / "teacher", layers=6)
+    tiny_text(folder / "text.txt", words=6000)
+    _, student = pruned_pair()
+    run = Run(folder / "run", {})
+    student.save_pretrained(folder / "run" / "model")
+    tiny_tokenizer().save_pretrained(folder / "run" / "model")
     run.update(model={"path": teacher, "layers": 6, "dtype": "float32"}, groups=GROUPS, status="finished")
     return folder
 

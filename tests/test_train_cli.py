@@ -48,7 +48,7 @@ def flags(output: Path, *more: object, batch: int = 4) -> list[object]:
         *("--data.seqlen", 16, "--data.batch_size", batch, "--data.validation_tokens", 64),
         *("--evaluation.data", "text.txt", "--evaluation.tokens", 256, "--save_every", 4),
         *("--trainer.precision", "32-true", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
-        *("--model.lr", "[1e-3, 1e-4]", *more),
+        *("--distill", "mp", "--model.lr", "[1e-3, 1e-4]", *more),
     ]
 
 

@@ -45,14 +45,14 @@ def _train() -> None:
     from come_pl.cli.parser import Parser
     from come_pl.data import DistillationData
     from come_pl.distillation import strategy
-    from come_pl.distillation.registry import METHODS, find
+    from come_pl.distillation.registry import DEFAULT, METHODS, find
     from come_pl.offload import Offload
     from come_pl.workflows.distil import distil
     from come_pl.workflows.texts import EvaluationText
 
     # in place: Lightning starts further processes with the same sys.argv
     sys.argv[1:] = normalise(sys.argv[1:], ALIASES, SWITCHES, LISTS)
-    name = scan(sys.argv[1:], "distill", "mp")
+    name = scan(sys.argv[1:], "distill", DEFAULT)
     method_class = find(name)
     strategy.register()
     wanted: dict[str, str] = {}
@@ -117,7 +117,7 @@ def _train() -> None:
             "aliases": ALIASES,
             "usage": "train.py [--distill NAME] [--student RUN] [--data.source TEXT] [options]; see --help",
             "description": "Distil a pruned model from its dense teacher. Without arguments: the newest pruned run, "
-            "CoMe-mp, embedded text.",
+            "--distill hybrid, embedded text.",
             "default_config_files": [default_config(name)],
         },
         trainer_defaults={

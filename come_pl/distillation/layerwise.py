@@ -25,7 +25,7 @@ class CoMeMP(DistillationModule):
 
     A merged layer that stands for teacher layers a..b gets the teacher's stream before layer a and is trained to give
     the teacher's stream after layer b. One teacher forward, stopped at the last b, serves all merged layers; no layer's
-    loss reaches another's weights, no logits are computed, and with `inputs: teacher` the student never runs whole.
+    loss reaches another's weights, no logits are computed, and on the teacher's stream the student never runs whole.
 
     Differs from the paper's set-up in that one process trains all merged layers from one teacher forward, where the
     paper starts a process a layer.
@@ -35,7 +35,9 @@ class CoMeMP(DistillationModule):
             rank), a mapping from student layer to rate, or the published lists llama2-7b, qwen3-4b.
         loss: What is compared: mse, kl (over the hidden dimension) or cosine; each in units of the token itself.
         temperature: Temperature of the kl.
-        inputs: What a merged layer reads: the teacher's stream, or the student's own.
+        inputs: What a merged layer reads: the teacher's stream (teacher, as in the paper) or the student's own
+            (student). auto: the student's own if it was repaired or trained before, as its layers answer each other's
+            errors then, which training on the teacher's stream undoes; the teacher's otherwise.
         schedule: All layers at once (joint), or one after another (sequential): memory of one layer's gradients and
             optimizer state; max_epochs and max_steps then count for each layer.
         **kwargs: See DistillationModule.
@@ -48,7 +50,7 @@ class CoMeMP(DistillationModule):
         lr: Rates = 3e-4,
         loss: StateLoss = "mse",
         temperature: float = 1.0,
-        inputs: Literal["teacher", "student"] = "teacher",
+        inputs: Literal["auto", "teacher", "student"] = "auto",
         schedule: Literal["joint", "sequential"] = "joint",
         **kwargs: Any,
     ):
@@ -73,13 +75,18 @@ class CoMeMP(DistillationModule):
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         layers = self.active() if self.training_now else self.merged
         starts, ends = {i: self.groups[i][0] for i in layers}, {i: self.groups[i][-1] + 1 for i in layers}
-        wanted = {*ends.values(), *(starts.values() if self.inputs == "teacher" else ())}
+        wanted = {*ends.values(), *(() if self.reads_own else starts.values())}
         states, _ = self.teacher_states(batch, wanted, stop=max(wanted))
-        outputs = self._local(batch, states, starts) if self.inputs == "teacher" else self._own_stream(batch, layers)
+        outputs = self._own_stream(batch, layers) if self.reads_own else self._local(batch, states, starts)
         return {
             self.name_of(i): state_loss(outputs[i], states[ends[i]], batch["mask"], self.loss, self.temperature)
             for i in layers
         }
+
+    @property
+    def reads_own(self) -> bool:
+        """Whether a merged layer reads the student's own stream."""
+        return self.adapted if self.inputs == "auto" else self.inputs == "student"
 
     @property
     def training_now(self) -> bool:
@@ -102,7 +109,8 @@ class CoMeMP(DistillationModule):
         return self.student.part(self.student.layers[index], path).weight.dtype
 
     def _own_stream(self, batch: dict[str, Any], layers: list[int]) -> dict[int, Tensor]:
-        """Outputs of the merged layers in one run of the student, its stream cut before each merged layer."""
+        """Outputs of the merged layers in one run of the student, its stream cut before each layer: those that are
+        not trained keep nothing for a backward."""
         with self._cut(), streams(self.student, [i + 1 for i in layers]) as found:
             self.student.run(batch["input_ids"], attention_mask(batch["mask"]), stop=max(layers) + 1)
         return {i: found[i + 1] for i in layers}
@@ -115,8 +123,7 @@ class CoMeMP(DistillationModule):
             return args, kwargs | {"hidden_states": kwargs["hidden_states"].detach()}
 
         handles = [
-            self.student.layers[i].register_forward_pre_hook(detach, with_kwargs=True, prepend=True)
-            for i in self.merged
+            layer.register_forward_pre_hook(detach, with_kwargs=True, prepend=True) for layer in self.student.layers
         ]
         try:
             yield

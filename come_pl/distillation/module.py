@@ -97,6 +97,7 @@ class DistillationModule(LightningModule):
         self.activation_checkpointing = False
         self.strict_loading = False  # a checkpoint holds what is trained, nothing else
         self.scales: Sequence[float] | None = None  # see `attach`
+        self.adapted = False  # see `attach`
         self.latest: dict[str, float] = {}  # the last step's losses by name
         self._means: dict[str, float] = {}
 
@@ -108,6 +109,7 @@ class DistillationModule(LightningModule):
         student: Any,
         groups: Sequence[Sequence[int]],
         scales: Sequence[float] | None = None,
+        adapted: bool = False,
     ) -> None:
         """Give the module its models, and for each student layer the teacher layers that it stands for.
 
@@ -115,11 +117,12 @@ class DistillationModule(LightningModule):
 
         Args:
             scales: for each boundary of the teacher, what the student's stream there was multiplied by, if any was.
+            adapted: the student's layers were fitted to its own stream, by a repair or by training.
 
         Raises: as `correspond`.
         """
         self.correspond(groups)
-        self.scales = scales
+        self.scales, self.adapted = scales, adapted
         self.teacher = Decoder(teacher.requires_grad_(False).eval())  # not an nn.Module: hidden from the module tree
         self.student_model = student.eval()  # dropout would be noise: a loss is compared with the teacher's states
         self.student, self._tables = Decoder(student), tables(student)

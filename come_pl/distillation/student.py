@@ -29,6 +29,7 @@ class Pruned:
         teacher_layers: depth of the dense model that was pruned.
         dtype: of the stored weights.
         perplexity: what pruning measured, by text.
+        adapted: its layers were fitted to its own stream, by a repair or by training.
     """
 
     folder: Path
@@ -38,6 +39,7 @@ class Pruned:
     dtype: str = "float32"
     perplexity: dict[str, Any] = field(default_factory=dict)
     scales: list[float] | None = None
+    adapted: bool = False
 
 
 def read_pruned(student: str | None) -> Pruned:
@@ -61,7 +63,9 @@ def read_pruned(student: str | None) -> Pruned:
         last = entry.get("after", entry.get("pruned"))
         if last is not None:
             measured[name] = entry | {"pruned": last}
-    return Pruned(folder, groups, model["path"], layers, model.get("dtype", "float32"), measured, info.get("scales"))
+    dtype, scales = model.get("dtype", "float32"), info.get("scales")
+    adapted = "student" in info or info.get("refit", {}).get("parts", "none") != "none"
+    return Pruned(folder, groups, model["path"], layers, dtype, measured, scales, adapted)
 
 
 def check_fit(pruned: Pruned, teacher: Any, tokenizer: Any, path: str) -> None:

@@ -377,6 +377,11 @@ def summary(info: Mapping[str, Any]) -> str:
             f"{number(entry['before'] / entry['dense'])}× → {number(entry['after'] / entry['dense'])}×) on "
             f"{entry['tokens']} held-out tokens of {Path(name).name}"
         )
+    worse = [Path(name).name for name, entry in info["perplexity"].items() if entry["after"] > entry["before"]]
+    if worse:
+        lines.append(
+            f"worse than before training on {', '.join(worse)}: take {info['student']['run']}, or train further"
+        )
     lines.append(
         f"trained     {amount(info['trained_parameters'])} of {amount(info['parameters'])} parameters on "
         f"{info['tokens_seen']} tokens in {info['steps']} steps"
