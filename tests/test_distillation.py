@@ -6,6 +6,7 @@ import copy
 import csv
 import json
 import math
+import shutil
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -212,6 +213,38 @@ def test_room_is_asked_for_what_learns(student_run: Path, tmp_path: Path, monkey
     info = json.loads((folder / "run.json").read_text())
     assert asked[0] == pytest.approx(4 * info["parameters"])
     assert asked[1] == pytest.approx(4 * (7 * info["trained_parameters"] + info["parameters"]))
+
+
+@pytest.mark.parametrize(
+    ("method", "module", "repaired", "warned"),
+    [
+        ("mp", lambda: CoMeMP(lr=1e-3), True, True),
+        ("mp", lambda: CoMeMP(lr=1e-3), False, False),
+        ("sp", lambda: CoMeSP(lr=1e-3, logit_weight=1.0), True, False),
+        ("lm", lambda: LM(lr=1e-3), True, False),
+    ],
+)
+def test_what_makes_a_model_worse_is_said(
+    method: str,
+    module: Any,
+    repaired: bool,
+    warned: bool,
+    student_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    shutil.copytree(student_run, tmp_path / "home")
+    info = json.loads((tmp_path / "home" / "run" / "run.json").read_text())
+    info["refit"] = {"parts": "down" if repaired else "none"}
+    (tmp_path / "home" / "run" / "run.json").write_text(json.dumps(info))
+    folder = start(tmp_path / "home", tmp_path / "o", module(), method=method, samples=False)
+    said = capsys.readouterr().out
+    assert ("that can make it worse" in said) == warned
+    info = json.loads((folder / "run.json").read_text())
+    [name] = info["perplexity"]
+    for after, worse in ((info["perplexity"][name]["before"] * 1.01, True), (1.0, False)):
+        info["perplexity"][name]["after"] = after
+        assert ("worse than before training on text.txt: take" in workflow.summary(info)) == worse
 
 
 def test_a_run_without_a_validation_writes_json(student_run: Path, tmp_path: Path) -> None:
@@ -476,8 +509,6 @@ ABOVE = [[0], [1, 2], [3, 4], [5]]  # a layer above the last merged one
 @pytest.fixture(scope="module")
 def above(student_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `student_run`, but that layers 2 and 4 were dropped."""
-    import shutil
-
     folder = tmp_path_factory.mktemp("above") / "home"
     shutil.copytree(student_run, folder)
     student = tiny_model(layers=6)
@@ -700,8 +731,6 @@ def test_the_last_weights_are_validated(student_run: Path, tmp_path: Path, monke
 
 def test_what_decides_the_result_is_told_apart(student_run: Path, tmp_path: Path) -> None:
     """A trial with fewer batches, a student or a text that was replaced: none is the run that was finished."""
-    import shutil
-
     from safetensors.torch import save_file
 
     home, output = tmp_path / "home", tmp_path / "o"
@@ -726,8 +755,6 @@ def test_what_decides_the_result_is_told_apart(student_run: Path, tmp_path: Path
 
 def test_another_teacher_is_measured(student_run: Path, tmp_path: Path) -> None:
     """The dense perplexity that pruning knows is that of its own teacher."""
-    import shutil
-
     shutil.copytree(student_run / "run", tmp_path / "run")
     (tmp_path / "text.txt").write_text((student_run / "text.txt").read_text())
     entry = {"tokens": 240, "seqlen": 16, "dense": 1.25, "pruned": 1.5}
@@ -893,8 +920,6 @@ def test_a_student_of_another_teacher_is_refused(
 
 
 def test_another_tokenizer_is_refused(student_run: Path, tmp_path: Path) -> None:
-    import shutil
-
     other = tmp_path / "other"
     shutil.copytree(student_run / "teacher", other)
     content = json.loads((other / "tokenizer.json").read_text())

@@ -11,6 +11,7 @@ from cli import exit_code
 
 from come_pl.cli.train import train_main
 from come_pl.distillation.comparisons import KD, LM, LoRA
+from come_pl.distillation.layerwise import CoMeMP
 from come_pl.distillation.plan import GIB, device_count, memory_plan
 from come_pl.models import on_meta
 
@@ -82,3 +83,16 @@ def test_what_processes_read_before_they_train_is_counted(
     theirs = 10 * layer + outside - (matrices if teacher == "rest" else 0)
     told = float(capsys.readouterr().out.partition("host memory, 4 process(es) loading")[2].split()[0])
     assert told == pytest.approx(4 * (student * ours + 2 * theirs) / GIB, abs=2e-3)
+
+
+def test_layers_that_were_fitted_are_not_the_teachers() -> None:
+    sizes: dict[str, Any] = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    plans = []
+    for adapted in (False, True):
+        dense, small = (on_meta(transformers.LlamaConfig(num_hidden_layers=n, **sizes)) for n in (9, 8))
+        module = CoMeMP()
+        module.attach(dense, small, GROUPS, adapted=adapted)
+        on: dict[str, Any] = {"strategy": "auto", "devices": 1, "batch_size": 1, "seqlen": 64}
+        plans.append(memory_plan(module, precision="32-true", **on))
+    layers = 6 * 4 * module.student.layer_parameters / GIB  # below the merged one
+    assert plans[0].shared - plans[1].shared == pytest.approx(layers) == plans[1].teacher - plans[0].teacher

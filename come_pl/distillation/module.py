@@ -184,12 +184,12 @@ class DistillationModule(LightningModule):
                     move(part, torch.bfloat16)
         self.share()
 
-    def alike(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+    def alike(self, layers: bool = True) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         """Frozen parameters of the student, each with that of the teacher which it was made from, if it has its shape
-        and dtype."""
+        and dtype; without `layers`, those outside of decoder layers."""
         learns = {id(p) for n, p in self.student_model.named_parameters(remove_duplicate=False) if n in self.trained}
         parts = [(_outside(self.student), _outside(self.teacher))]
-        for index, layer in enumerate(self.student.layers):
+        for index, layer in enumerate(self.student.layers if layers else ()):
             group = self.groups[index]
             if len(group) == 1 and group[0] < len(self.teacher):
                 parts.append((dict(layer.named_parameters()), dict(self.teacher.layers[group[0]].named_parameters())))

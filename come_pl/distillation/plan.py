@@ -102,8 +102,9 @@ def memory_plan(
     sharded = fsdp or stage == 3
     away = [p for layer in module.teacher.layers for p in matrices(layer)] if offload != "none" else []
     gone = {id(p) for p in away}
-    # untouched layers are taken to be equal
-    shared = 0 if sharded else held(theirs for _, theirs in module.alike() if id(theirs) not in gone)
+    # layers that were neither merged nor fitted are taken to be equal
+    alike = module.alike(layers=not module.adapted)
+    shared = 0 if sharded else held(theirs for _, theirs in alike if id(theirs) not in gone)
     teacher = held(p for p in module.teacher.model.parameters() if id(p) not in gone) - shared
     teacher += max((held([p]) for p in away), default=0)
     student: float = held(module.student_model.parameters())
@@ -217,14 +218,14 @@ def print_plan(
         dense = models.load_config(path)
         check_fit(pruned, dense, models.load_tokenizer(path), path)
         groups = pruned.groups
-        small = models.load_config(str(pruned.folder / "model"))
+        small, adapted = models.load_config(str(pruned.folder / "model")), pruned.adapted
     else:
         path = teacher or "embedded"
         dense = models.load_config(path)
         layers = dense.get_text_config(decoder=True).num_hidden_layers
         depth = target_depth(layers, None, 0.3)
         groups = planned_groups(layers, depth)
-        small = None
+        small, adapted = None, False
     accelerated = on["accelerator"] in ("gpu", "cuda") or (on["accelerator"] == "auto" and torch.cuda.is_available())
     stored = str(getattr(small or dense, "dtype", None) or torch.float32).removeprefix("torch.")
     dtype = loaded_dtype(stored, on["precision"], on["strategy"].startswith("deepspeed"))
@@ -235,7 +236,7 @@ def print_plan(
         decoder.base.layers = torch.nn.ModuleList(list(decoder.layers)[: len(groups)])
     depth = len(Decoder(dense_model))
     read = held_while_loading(dense_model, student_model, dtype, offload)
-    module.attach(dense_model, student_model, groups)
+    module.attach(dense_model, student_model, groups, adapted=adapted)
     processes = device_count(on["devices"])
     devices = processes * int(on["num_nodes"])
     plan = memory_plan(

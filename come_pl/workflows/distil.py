@@ -133,6 +133,11 @@ def distil(
         device = trainer.strategy.root_device
         dense_model = models.load_model(path, offload=offload, accelerated=device.type != "cpu")
         if main:
+            if pruned.adapted and module.reach()[0]:  # not up to the head, nor nothing of the teacher
+                print(
+                    f"--distill {method} leads layers to the dense model's stream, and this student was repaired or "
+                    "trained before: that can make it worse; --distill hybrid learns from predictions, too"
+                )
             run.update(
                 student={"run": str(pruned.folder), "groups": pruned.groups, **marks["student"]},
                 model={"path": path, "layers": len(Decoder(dense_model)), "dtype": pruned.dtype},
