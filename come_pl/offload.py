@@ -14,8 +14,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,6 +28,7 @@ from come_pl import tensors
 from come_pl.tensors import Entry, Scratch
 
 Offload = Literal["none", "cpu", "disk"]
+SHARD_BYTES = 4 * 2**30  # of the files that a model is saved in which is not in memory
 
 
 class Store:
@@ -238,3 +241,32 @@ class EmptyOnMeta(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         meta = {"device": "meta"} if func is torch.empty else {}
         return func(*args, **((kwargs or {}) | meta))
+
+
+def save_shards(model: Any, folder: Path) -> None:
+    """What `model.save_pretrained` writes, with one matrix of a stored model in memory at a time."""
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+    names: dict[int, str] = {}  # of tied weights the first, as stock checkpoints have it
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), name)
+    state = {name: t for name, t in model.state_dict(keep_vars=True).items() if names[id(t)] == name}
+    parts = tensors.shards(state, SHARD_BYTES)
+    files = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
+    if len(parts) == 1:
+        files = ["model.safetensors"]
+    for file, part in zip(files, parts, strict=True):
+        tensors.write(folder / file, part, present)
+    if len(parts) > 1:
+        sizes = {
+            "total_parameters": sum(p.numel() for p in model.parameters()),
+            "total_size": sum(t.nbytes for t in state.values()),
+        }
+        weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+        index = json.dumps({"metadata": sizes, "weight_map": weight_map}, indent=2, sort_keys=True)
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(index + "\n", encoding="utf-8")
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)

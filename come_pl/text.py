@@ -298,7 +298,8 @@ def _quick_offline(offline: bool) -> Iterator[None]:
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
         if files := sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in FILE_SUFFIXES):
-            return files
+            # a data set's own description is no part of it
+            return [f for f in files if f.name != "README.md"] if any(f.suffix != ".md" for f in files) else files
         raise DataError(f"{path}: no {', '.join(FILE_SUFFIXES)} file in this folder")
     if path.suffix not in FILE_SUFFIXES:
         raise DataError(

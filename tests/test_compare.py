@@ -111,6 +111,9 @@ def test_table_resume_and_a_method_that_fails(
     assert all((Path(run) / "model" / "model.safetensors").is_file() for run in finished)
     assert [r["perplexity"] for r in table(output)] == [r["perplexity"] for r in rows[::2]]
 
+    assert compared(monkeypatch, *words[:-1]) == 0 and len(started) == 1  # runs nothing, and takes nothing away
+    assert all((Path(run) / "model" / "model.safetensors").is_file() for run in finished)
+
 
 @pytest.mark.parametrize(
     ("method", "runs"),

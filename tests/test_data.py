@@ -83,6 +83,14 @@ def test_running_text_is_the_documents_joined(tmp_path: Path):
     assert list(iter_documents(str(tmp_path), "calibration")) == [long, "one", "do\ndone", "c"]
 
 
+def test_the_description_of_a_data_set_is_none_of_its_texts(tmp_path: Path):
+    (tmp_path / "README.md").write_text("about it")
+    assert list(iter_documents(str(tmp_path), "calibration")) == ["about it"]
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "b.md").write_text("two")
+    assert list(iter_documents(str(tmp_path), "calibration")) == ["one", "two"]
+
+
 def test_parquet_is_read(tmp_path: Path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table({"id": [1, 2], "text": ["one", "two"]}), tmp_path / "a.parquet")

@@ -118,3 +118,14 @@ def test_what_a_layer_reads_is_not_kept_on_an_accelerator() -> None:
     module._device = torch.device("cuda:0")
     module.begin_repair(1)
     assert module.inputs.layer is None
+
+
+def test_a_fingerprint_is_of_the_config_and_of_more_than_one_column(tmp_path: Path) -> None:
+    models_by_change: dict[str, Any] = {name: tiny_model(hidden_size=64) for name in ("none", "config", "columns")}
+    models_by_change["config"].config.rms_norm_eps *= 2
+    with torch.no_grad():
+        models_by_change["columns"].model.layers[0].mlp.down_proj.weight[:, 1:].zero_()
+    prints = {name: models.fingerprint(model) for name, model in models_by_change.items()}
+    assert len(set(prints.values())) == 3
+    models_by_change["none"].save_pretrained(tmp_path)
+    assert models.fingerprint(load_model(str(tmp_path))) == prints["none"]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_loop import Windows, lines
 from transformers import AutoModelForCausalLM
 
-from come_pl import models
+from come_pl import models, offload
 from come_pl.cli.prune import prune_main
 from come_pl.cli.train import train_main
 from come_pl.decoder import Decoder, family_of
@@ -167,7 +167,7 @@ def test_a_big_result_is_saved_in_shards(tmp_path: Path, family: str, monkeypatc
     model.save_pretrained(tmp_path / "stock", max_shard_size="20KB")
     offloaded = models.load_model(str(tmp_path / "stock"), offload="disk", scratch=tmp_path / "scratch")
     layer = sum(p.nbytes for p in Decoder(model).layers[0].parameters())
-    monkeypatch.setattr(models, "SHARD_BYTES", layer)
+    monkeypatch.setattr(offload, "SHARD_BYTES", layer)
     models.save_model(offloaded, tmp_path / "saved")
     index = json.loads((tmp_path / "saved" / "model.safetensors.index.json").read_text())
     stock_index = json.loads((tmp_path / "stock" / "model.safetensors.index.json").read_text())

@@ -167,8 +167,21 @@ def test_finished_run_is_not_run_again(
 ) -> None:
     before = (done / "record.jsonl").stat().st_mtime_ns
     assert exit_code(prune_main, "prune.py", *basic(tiny, text, done), monkeypatch=monkeypatch) == 0
-    assert "finished already" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "finished already" in said and "not measured on" not in said
+    other = text.with_name("other.txt")
+    other.write_text(text.read_text())
+    words = [*basic(tiny, text, done), "--evaluation.data", other]
+    assert exit_code(prune_main, "prune.py", *words, monkeypatch=monkeypatch) == 0
+    assert f"not measured on {other}: come-eval {done} --texts {other} does that" in capsys.readouterr().out
     assert (done / "record.jsonl").stat().st_mtime_ns == before
+
+
+def test_letters_that_a_terminal_has_not_do_not_end_a_run(done: Path, tiny: Path, text: Path) -> None:
+    words = [sys.executable, str(ROOT / "prune.py"), *map(str, basic(tiny, text, done))]
+    environment = ENVIRONMENT | {"PYTHONIOENCODING": "cp1252"}
+    result = subprocess.run(words, cwd=done.parent, env=environment, capture_output=True)
+    assert result.returncode == 0 and b"6 ? 3" in result.stdout, result.stderr
 
 
 def test_disk_that_fills_up_leaves_no_model(tiny: Path, text: Path, tmp_path: Path) -> None:
@@ -660,6 +673,12 @@ def words(*argv: str) -> list[str]:
     return normalise(argv, ALIASES, SWITCHES, LISTS)
 
 
+def test_texts_stay_what_they_are() -> None:
+    texts = ["C:\\texts\\new.txt", 'it\'s "so"', "two\nlines", "Größe"]
+    [_, word] = sorted(words("--output=x", "--evaluation.data", *texts), reverse=True)
+    assert yaml.safe_load(word.partition("=")[2]) == texts
+
+
 def test_official_commands_are_understood() -> None:
     official = (
         "--method concat_merge --model-name m --target-layers 22 --save-path out --continue-saving --seed 10 "
@@ -677,7 +696,7 @@ def test_official_commands_are_understood() -> None:
         "--method.skip_method=bi",
         "--method.merge_item=2",
         "--method.wo_repeat=true",
-        "--evaluation.data=['wiki2', 'c4']",
+        '--evaluation.data=["wiki2", "c4"]',
     ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import sys
 import warnings
@@ -32,7 +34,7 @@ def normalise(
         if name in switches and not values:
             values = ["true"]
         if name in lists and values and not values[0].startswith("["):
-            values = ["[" + ", ".join(repr(v) for v in values) + "]"]
+            values = [json.dumps(values, ensure_ascii=False)]  # which YAML reads, whatever is in them
         result += [f"{name}={values[0]}"] if values else [name]
     return sorted(result, key=lambda word: not word.startswith("--config="))
 
@@ -166,7 +168,10 @@ def call(function: Callable[..., Any], argv: Sequence[str], *, prog: str, usage:
 
 
 def quiet() -> None:
-    """Silence what says nothing about the run."""
+    """Silence what says nothing about the run; what a terminal has no letters for must not end one."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     for message in (
         ".*does not have many workers.*",
         ".*configure_optimizers. returned .None.*",

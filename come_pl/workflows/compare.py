@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import re
 import shutil
@@ -162,7 +163,7 @@ def compare(
         "--data.calibration": calibration,
         "--data.tokens": tokens,
         "--data.seqlen": seqlen,
-        "--evaluation.data": "[" + ", ".join(map(repr, texts)) + "]",
+        "--evaluation.data": json.dumps(texts, ensure_ascii=False),
         "--evaluation.tokens": evaluation_tokens,
         "--seed": seed,
     }
@@ -206,8 +207,8 @@ def compare(
                 folder, log = output / "runs" / name, output / "logs" / f"{name}.log"
                 arguments += _of_this_command(targets, depth, scoring, None if done == folder else done)
                 anew = overwrite or _lacks(folder, targets, keep_models, scoring)
-                failure = _one(folder, log, arguments, anew=anew)
                 folders.append(folder)
+                failure = _one(folder, log, arguments, anew=anew)
                 if failure is None:
                     done = folder
                     deepest = folder if depth == targets[-1] else deepest
@@ -219,8 +220,8 @@ def compare(
             rows += found
             rows.sort(key=lambda row: (-row["layers"], order[row["method"]]))
             write_tables(rows, settings, output)
-        for folder in () if keep_models else folders:
-            _remove_models(folder)
+        for folder in folders:
+            (_keep_models if keep_models else _remove_models)(folder)
     _same_ground(rows)
     write_tables(rows, settings, output)
     finish(output)
@@ -267,8 +268,16 @@ def _one(folder: Path, log: Path, arguments: Sequence[str], *, anew: bool) -> st
     return error or (None if _finished(folder) else "stopped before its target")
 
 
+KEPT = "models_kept"  # in run.json: by an earlier command, which asked for them
+
+
+def _keep_models(folder: Path) -> None:
+    if _finished(folder) and not (info := read_run(folder)).get(KEPT):
+        write_json(folder / RUN_FILE, info | {KEPT: True})
+
+
 def _remove_models(folder: Path) -> None:
-    if not _finished(folder):
+    if not _finished(folder) or read_run(folder).get(KEPT):
         return
     saved = [path for path in folder.glob("model*") if path.is_dir()]
     if saved:

@@ -117,6 +117,8 @@ def prune(
     run = Run(output, identity, overwrite=overwrite, main=main, reads=reads)
     if run.finished:
         print(f"{output} is finished already; --overwrite runs it again")
+        if others := [name for name in texts if name not in run.info.get("perplexity", {})]:
+            print(f"not measured on {', '.join(others)}: come-eval {output} --texts {' '.join(others)} does that")
         print(summary(run.info))
         return output
     with run:
