@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,9 @@ def test_newton_takes_the_best_strength_and_no_step_that_is_no_better() -> None:
     assert float(head.newton(start, loss, step, (2.0, 4.0), 4.0, 2) or 0) == pytest.approx(2.25), "two halves"
     assert head.newton(start, loss, step, (0.2, 0.4), 0.4, 3) is None, "beyond the other side"
     assert head.newton(start, lambda x: 1.0, step, (1.0, 2.0), 1.0, 3) is None, "no better is not better"
+    taken: list[torch.Tensor] = []
+    little = head.newton(start, lambda x: 1e-4 * loss(x), lambda x: taken.append(x) or step(x), (2.0, 4.0), 4.0, 2)
+    assert little is not None and len(taken) == 1, "no step after one that brought next to nothing"
     lost = head.newton(start, loss, lambda x: lambda strength: x * math.nan, (1.0, 2.0), 1.0, 3)
     assert lost is None
 
@@ -227,6 +231,45 @@ def test_neither_batches_nor_what_is_kept_of_streams_matter() -> None:
         found.append(last_layers.projections(module, 4, layers, 64 * 30 // 2))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-6)
+
+
+def test_the_beginning_of_a_window_loses_what_is_lost_there() -> None:
+    module, _, _ = ready("llama", Step("drop", [2]))
+    last = last_layers._Last(module, 2)
+    seen, _ = last_layers._windows(module, 4, ALL, last.lowest)
+    [window] = [w for w in seen if bool(w.counted.all())][:1]
+    short = window.begin()
+    assert short.hidden.shape[1] == 6 and len(short.at) == len(short.size) == 5
+    change = 0.1 * torch.randn(sum(last.sizes), generator=torch.Generator().manual_seed(0))
+    with last._changed(change):
+        states = last._states(window)
+    told = head.nats(module, short.at, states[:5].__getitem__) / 5
+    assert last.loss([short], change) == pytest.approx(float(told), rel=1e-5)
+    late = replace(window, counted=torch.arange(11) > 5, at=head.Targets(window.at.y[6:], window.at.following[6:]))
+    assert late.begin() is late, "nothing is predicted in its first half"
+
+
+def test_curvature_is_taken_from_some_windows_and_the_gradient_from_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, _ = made_wrong("llama", 1)
+    last = last_layers._Last(module, 1)
+    every, _ = last_layers._windows(module, 4, ALL, last.lowest)
+    assert all(window.curved for window in every)
+    monkeypatch.setattr(last_layers, "CURVED", module.targets() / 2)
+    seen, _ = last_layers._windows(module, 4, ALL, last.lowest)
+    some = [window for window in seen if window.curved]
+    assert len(seen) == len(every) and 0 < len(some) < len(seen)
+    change = torch.zeros(sum(last.sizes))
+    found, whole = last.derivatives(seen, change, True), last.derivatives(every, change, True)
+    alone = last.derivatives(some, change, True)
+    none = last.derivatives([replace(window, curved=False) for window in seen], change, True)
+    for name, each in found.items():
+        torch.testing.assert_close(each.gradient, whole[name].gradient)
+        for own, of_some, of_all, of_none in zip(
+            *(source[name].curvature or () for source in (found, alone, whole, none)), strict=True
+        ):
+            torch.testing.assert_close(own, of_some)
+            torch.testing.assert_close(of_none, of_all)
+            assert not torch.allclose(own, of_all)
 
 
 def test_about_so_many_tokens_are_looked_at() -> None:

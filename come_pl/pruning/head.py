@@ -24,6 +24,8 @@ from come_pl.taps import ROWS, logit_rows
 if TYPE_CHECKING:
     from come_pl.pruning.module import PruningModule
 
+ENOUGH = 2e-3  # nats a token of a step after which another would bring next to nothing
+
 
 @dataclass
 class Targets:
@@ -69,7 +71,7 @@ def newton(
         loss: of a point, on text that `step` has not seen.
         step: a point → λ → what is to be taken off there; not finite where it cannot be solved for.
         grid: λ, ascending; the search begins at `begin`, and at what the step before found.
-        steps: at most so many are taken.
+        steps: at most so many are taken; none after one that brought less than `ENOUGH`.
     """
     here, place, best = start, grid.index(begin), loss(start)
     for _ in range(steps):
@@ -87,7 +89,9 @@ def newton(
         place = walked(tried, place, len(grid))
         if not tried(place) < best:
             break
-        best, here = tried(place), there(place)
+        brought, best, here = best - tried(place), tried(place), there(place)
+        if brought < ENOUGH:
+            break
     return None if here is start else here
 
 

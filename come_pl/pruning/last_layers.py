@@ -13,7 +13,8 @@ by steps of Newton's method with a curvature in factors, one pair for each proje
 
 ĝ is the same with the next token instead of y, times |h|, x̂ = x / |h|, and |h| the root mean square of the stream where
 these layers begin: norms divide by about that, so that massive activations would own A otherwise. G ⊗ A + λ Ḡ Ā I is
-what is inverted, Ḡ and Ā mean diagonals, λ, one for all, that of the least loss on windows that the step has not seen;
+what is inverted, Ḡ and Ā mean diagonals, λ, one for all, that of the least loss on windows that the step has not seen
+(their first halves: that tells strengths apart as well, for half of the time);
 a step that is no better there is not taken. No learning rate. Pairs know nothing of each other, so that λ grows with
 their number.
 
@@ -26,7 +27,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 LAYERS = 12  # at most, where it is not said how many
 MOST_GIB = 8.0  # that these may take then
 TOKENS = 16384  # predicted tokens of all processes that are looked at, in whole windows; twice as many gave no more
+CURVED = 8192  # of these, curvature is taken from about so many: from all of twice as many tokens it gave no more
 STRENGTHS = tuple(10.0 ** (k / 2) for k in range(3, 11))  # 32 … 100,000
 STRENGTH = 1000.0  # about what a layer needs: where the search begins, times their number
 STEPS = 2  # a third brought little, and each reads the tokens again
@@ -107,7 +109,7 @@ def projections(module: PruningModule, folds: int, layers: int, tokens: int = TO
     return {} if change is None else last.with_change(change)
 
 
-@dataclass
+@dataclass(eq=False)
 class Window:
     """A calibration window with at least one predicted token.
 
@@ -117,6 +119,7 @@ class Window:
         counted: (seq − 1,), True where a token is predicted.
         at: y and the next token of these tokens.
         size: the root mean square of the stream at these (tokens, 1).
+        curved: whether curvature is taken from it, too.
     """
 
     inputs: tuple[Tensor, Tensor | None]
@@ -124,6 +127,21 @@ class Window:
     counted: Tensor
     at: Targets
     size: Tensor
+    curved: bool = True
+
+    def begin(self) -> Window:
+        """Its first half, if anything is predicted there: the model is causal, so that nothing else changes."""
+        length = max(2, -(-self.hidden.shape[1] // 2))
+        counted = self.counted[: length - 1]
+        tokens = int(counted.sum())
+        if not tokens:
+            return self
+        ids, mask = self.inputs
+        inputs = (ids[:, :length].contiguous(), None if mask is None else mask[:, :length].contiguous())
+        at, size = Targets(self.at.y[:tokens], self.at.following[:tokens]), self.size[:tokens]
+        return replace(
+            self, inputs=inputs, hidden=self.hidden[:, :length].contiguous(), counted=counted, at=at, size=size
+        )
 
 
 def _everywhere(module: PruningModule, *parts: list[Window]) -> bool:
@@ -133,14 +151,16 @@ def _everywhere(module: PruningModule, *parts: list[Window]) -> bool:
 
 @torch.no_grad()  # no inference mode: autograd goes through
 def _windows(module: PruningModule, folds: int, tokens: float, lowest: int) -> tuple[list[Window], list[Window]]:
-    """(what is fitted to, what is not) of this process. Which windows goes by their content, not by the process or the
-    batch that they are in."""
+    """(what is fitted to, the beginnings of what is not) of this process. Which windows goes by their content, not by
+    the process or the batch that they are in."""
     stride = max(1, round(module.targets() / tokens))
+    curved = stride * max(1, round(module.targets() / stride / CURVED))
     seen: list[Window] = []
     unseen: list[Window] = []
     left_out = module.unseen_fold(folds)
     for number, batch in enumerate(module.batches):
-        picked = (batch["input_ids"].sum(1) // folds % stride == 0) & targets_of(batch["mask"]).any(1)
+        content = batch["input_ids"].sum(1) // folds
+        picked = (content % stride == 0) & targets_of(batch["mask"]).any(1)
         rows = picked.nonzero().squeeze(1).tolist()
         if not rows:
             continue
@@ -154,8 +174,12 @@ def _windows(module: PruningModule, folds: int, tokens: float, lowest: int) -> t
             own = hidden[row : row + 1].clone()
             size = own[0, :-1][counted].float().square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt()
             inputs = inputs_of(part)
-            kind = unseen if folds_of(batch, folds)[row] == left_out else seen
-            kind.append(Window(inputs, own, counted, Targets(y, following), size))
+            bends = bool(content[row] % curved == 0)
+            window = Window(inputs, own, counted, Targets(y, following), size, bends)
+            if folds_of(batch, folds)[row] == left_out:
+                unseen.append(window.begin())
+            else:
+                seen.append(window)
     return seen, unseen
 
 
@@ -255,17 +279,23 @@ class _Last:
         """Of the loss, by projection; G and A only with `factors`. The graph of one window is in memory at a time, or,
         where matrices are elsewhere, of one layer."""
         sums = {name: _zeros(part, factors) for name, part in self.parts.items()}
+        curved = [window for window in windows if window.curved]
+        if not _everywhere(self.module, curved):  # few windows, none of which has been picked
+            curved = windows
         with self._changed(change):
             for window in windows:
-                self._add(window, sums, factors)
-        tokens = float(self.module.sum(torch.tensor(float(sum(len(window.at) for window in windows)))))
+                self._add(window, sums, factors and window in curved)
+        tokens, bent = (self._tokens(some) for some in (windows, curved))
         for total in sums.values():
             for square in total.curvature or ():
                 mirror(square)
             for value in total.sums:
                 self.module.add_up(value)
-                value.div_(tokens)
+                value.div_(tokens if value is total.gradient else bent)
         return sums
+
+    def _tokens(self, windows: list[Window]) -> float:
+        return float(self.module.sum(torch.tensor(float(sum(len(window.at) for window in windows)))))
 
     def _add(self, window: Window, sums: dict[str, Derivatives], factors: bool) -> None:
         runs: dict[int, Run] = {}
@@ -286,7 +316,7 @@ class _Last:
             for name, (x, slope, *own) in found.items():
                 total = sums[name]
                 total.gradient += (slope.T @ x).double()
-                if total.curvature:
+                if total.curvature and own:
                     add_outer(total.curvature[0], own[0] * window.size)
                     add_outer(total.curvature[1], x / window.size)
 
