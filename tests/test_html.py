@@ -186,26 +186,6 @@ def test_a_page_is_whole_and_needs_nothing_else(runs: dict[str, Path], name: str
         assert embedded[file.read_bytes()]["alt"] == words and words.startswith(title) and len(title) > 20
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "compared"),
-    [
-        ({}, {}, True),
-        ({"fingerprint": "a"}, {"fingerprint": "a"}, True),
-        ({}, {"fingerprint": "a"}, True),  # of an earlier version
-        ({"fingerprint": "a"}, {"fingerprint": "b"}, False),
-        ({}, {"tokens": 64}, False),
-    ],
-)
-def test_what_was_measured_on_other_windows_is_not_compared(
-    tmp_path: Path, before: dict[str, Any], after: dict[str, Any], compared: bool
-) -> None:
-    parent = pruned(tmp_path / "p", perplexity={"held.txt": PERPLEXITY | before})
-    end = {"tokens": PERPLEXITY["tokens"], "seqlen": PERPLEXITY["seqlen"], "after": 60.0}
-    folder = distilled(tmp_path / "d", parent, perplexity={"held.txt": end | after})
-    row = read_story(folder).perplexity["held.txt"]
-    assert row["recovered"] == 60.0 and ({"dense", "pruned"} <= row.keys()) == compared
-
-
 def test_what_it_says_of_a_recovered_run(runs: dict[str, Path]) -> None:
     story = read_story(runs["full"])
     said = summary(story)
@@ -248,7 +228,7 @@ def test_sections_are_there_only_with_their_data(runs: dict[str, Path], tmp_path
         *("layers", "steps", "repair", "training", "texts", "speed", "quality", "provenance")
     ]
     assert sections(runs["compared"]) == ["methods", "quality", "provenance"]
-    assert [s for s in sections(runs["all"]) if s.endswith("layers")] == ["d-layers"]  # the pruning is told with it
+    assert [s for s in sections(runs["all"]) if s.endswith("layers")] == ["1-d-layers"]  # the pruning is told with it
     bare = write(tmp_path / "bare", [], {"status": "running", "model": {"path": "m", "layers": 4}})
     page = Page(write_report([bare]))
     assert sections(bare) == ["provenance"] and not page.all("img")
@@ -387,7 +367,9 @@ def test_prune_and_train_leave_a_report(tmp_path: Path, monkeypatch: pytest.Monk
     assert second["dense"] == first["dense"] and second["pruned"] == first["pruned"] and second["recovered"]
     assert "1 of 4 layers was removed" in Page(tmp_path / "p" / "report.html").text
     page = Page(tmp_path / "t" / "report.html")
-    assert "CoMe-mp" in page.text and "In their own words" in page.text and (tmp_path / "t" / "distill.png").is_file()
+    assert (
+        "CoMe-hybrid" in page.text and "In their own words" in page.text and (tmp_path / "t" / "distill.png").is_file()
+    )
     monkeypatch.setattr(
         sys, "argv", ["come-report", "--samples", str(tmp_path / "t"), "--new_tokens", "2", "--prompts", "w1 w2", "w3"]
     )

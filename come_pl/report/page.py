@@ -149,13 +149,12 @@ def _run_chapter(story: Story, output: Path, before: str) -> Chapter:
         _provenance(story),
     ]
     told = [s for s in sections if s and (s.pictures or s.samples or s.tables or s.commands)]
-    prefix = _slug(story.folder) + "-" if before else ""
     for section in told:
-        section.name = prefix + section.name
+        section.name = before + section.name
     title = f"{story.name}: {story.dense} → {story.layers} layers"
     where = f"Run folder {story.folder}"
     cells = strip(story) if story.steps else []
-    return Chapter(f"run-{prefix}", title, where, summary(story), tiles(story), bars(story), cells, told)
+    return Chapter(f"run-{before}", title, where, summary(story), tiles(story), bars(story), cells, told)
 
 
 def _layers(story: Story, output: Path, before: str) -> Section | None:
@@ -232,14 +231,13 @@ def _comparison_chapter(folder: Path, output: Path, before: str) -> Chapter:
     said = pictures[0].title.partition(": ")[2] if pictures else "no run finished"
     ends = " and ".join(filter(None, [", ".join(map(str, depths[:-1])), str(depths[-1])]))
     words = f"From {settings['layers']} layers to {ends}, with the same tokens: {said}."
-    prefix = _slug(folder) + "-" if before else ""
     sections = [
-        Section(f"{prefix}methods", "Quality against depth, and against seconds", "", pictures),
-        Section(f"{prefix}quality", "Quality in numbers", "", tables=tables.comparison(rows, settings)),
-        _settings(f"{prefix}provenance", settings),
+        Section(f"{before}methods", "Quality against depth, and against seconds", "", pictures),
+        Section(f"{before}quality", "Quality in numbers", "", tables=tables.comparison(rows, settings)),
+        _settings(f"{before}provenance", settings),
     ]
     where = f"Folder of come-compare {folder}"
-    return Chapter(f"run-{prefix}", title, where, words, tables.comparison_tiles(rows, settings), sections=sections)
+    return Chapter(f"run-{before}", title, where, words, tables.comparison_tiles(rows, settings), sections=sections)
 
 
 def _settings(name: str, settings: Mapping[str, Any]) -> Section:

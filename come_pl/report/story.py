@@ -84,9 +84,10 @@ class Story:
 
     @property
     def perplexity(self) -> dict[str, dict[str, float]]:
-        """By text: tokens and perplexity of the stages that were measured."""
+        """By text: tokens and perplexity of the stages that were measured; "recovered" is the model of the folder."""
         found: dict[str, dict[str, float]] = {}
-        names = {"dense": "dense", "pruned": "pruned", "before": "pruned", "after": "recovered"}
+        names = {"before": "pruned", "after": "recovered"}
+        first, last = len(self.chain) - len(self.trainings), len(self.chain) - 1
         for index, (_, info) in enumerate(self.chain):
             for text, entry in (info.get("perplexity") or {}).items():
                 row = found.setdefault(text, {})
@@ -94,10 +95,9 @@ class Story:
                 if any(row[key] != entry[key] for key in told):
                     row.clear()  # measured anew on other tokens: only what can be compared stays
                 for key, value in entry.items():
-                    stage = names.get(key, key)
-                    if stage == "pruned" and index and "pruned" in row:
-                        continue  # a second training begins where the first ended
-                    row[stage] = value
+                    if key == "before" and (index > first or "pruned" in row) or key == "after" and index < last:
+                        continue  # of a model between two trainings, or known
+                    row[names.get(key, key)] = value
         return found
 
     @property
@@ -142,10 +142,13 @@ def method_name(info: dict[str, Any]) -> str:
     return METHOD_NAMES.get(name, TRAININGS.get(name, name))
 
 
-def main_text(perplexity: dict[str, dict[str, float]]) -> tuple[str, dict[str, float]]:
-    """The text that the summary speaks of: the first that was measured at every stage."""
-    most = max((len(row) for row in perplexity.values()), default=0)
-    return next(((Path(text).name, row) for text, row in perplexity.items() if len(row) == most), ("", {}))
+def main_text(story: Story) -> tuple[str, dict[str, float]]:
+    """The text that the summary speaks of: the first that was measured at most stages, of those of the last run if it
+    has any."""
+    known = story.perplexity
+    found = {text: known[text] for text in story.info.get("perplexity") or known}
+    text = max(found, key=lambda text: len(found[text].keys() & set(STAGES)), default="")
+    return Path(text).name, found.get(text, {})
 
 
 def times(row: dict[str, float], stage: str) -> float:
@@ -173,13 +176,13 @@ def summary(story: Story) -> str:
     words = f"{gone} of {plural(story.dense, 'layer')} {'was' if gone == 1 else 'were'} removed by {removal(story)}"
     if not story.finished:
         words = f"This run is not finished: so far {words}"
-    text, row = main_text(story.perplexity)
+    _, row = main_text(story)
     if "dense" in row and "pruned" in row:
         words += f", which took perplexity from {number(row['dense'])} to {number(row['pruned'])} "
         words += f"({number(times(row, 'pruned'))}×)"
     if "dense" in row and "recovered" in row:
         now = f"{number(row['recovered'])} ({number(times(row, 'recovered'))}×)"
-        words += f"; {_training(story)} brought it to {now}"
+        words += f"; {_training(story)} brought {'it' if 'pruned' in row else 'perplexity'} to {now}"
     return words + "."
 
 
@@ -201,7 +204,7 @@ class Tile:
 
 def tiles(story: Story) -> list[Tile]:
     """The big numbers of a run."""
-    text, row = main_text(story.perplexity)
+    text, row = main_text(story)
     counts = story.parameters
     size = ""
     if counts:
@@ -248,7 +251,7 @@ def _smaller(story: Story) -> list[Tile]:
 
 def bars(story: Story) -> list[tuple[str, float, str]]:
     """Stage, share of the dense model's quality (dense perplexity / its perplexity) and the perplexity."""
-    _, row = main_text(story.perplexity)
+    _, row = main_text(story)
     if "dense" not in row:
         return []
     return [(stage, min(1.0, 1 / times(row, stage)), number(row[stage])) for stage in STAGES if row.get(stage, 0) > 0]

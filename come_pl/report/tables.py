@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from come_pl.report.methods import Row, asked, by_text, ground
@@ -126,28 +127,41 @@ def _evaluated(results: Mapping[str, Mapping[str, Any]]) -> list[Table]:
 
 
 def _tasks(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    scores: dict[str, dict[str, Any]] = {}
+    """A row for each task as it was asked: other examples or another number of questions are a row of their own."""
+    asked: dict[tuple[str, str, str], dict[str, Any]] = {}
     for stage, result in results.items():
-        for name, task in [*result.get("tasks", {}).items(), ("average", result.get("average") or {})]:
-            row = scores.setdefault(name, {})
+        for name, task in result.get("tasks", {}).items():
+            questions = (task.get("model") or {}).get("samples", "")
+            row = asked.setdefault((name, str(task.get("shots", "")), str(questions)), {})
             row |= {s: task[w] for s, w in ((stage, "model"), ("dense", "dense")) if w in task}
-            row[f"{stage} kept"] = task.get("kept")
-            row.setdefault("shots", task.get("shots", ""))
-            row.setdefault("questions", task["model"]["samples"] if "samples" in task.get("model", {}) else "")
-    if "average" in scores:
-        scores["average"] = scores.pop("average")
-    stages = [stage for stage in STAGES if any(stage in row for row in scores.values())]
+    names = list(dict.fromkeys(name for name, _, _ in asked))
+    found = dict(sorted(asked.items(), key=lambda item: names.index(item[0][0])))
+    stages = [stage for stage in STAGES if any(stage in row for row in found.values())]
+    common = [row for row in found.values() if row.keys() >= set(stages)]
+    if common:
+        found["average", "", ""] = {stage: _mean([row[stage] for row in common]) for stage in stages}
     kept = [stage for stage in stages[1:] if "dense" in stages]
     rows = [
-        [name, str(row["shots"]), str(row["questions"])]
-        + [_score(row.get(stage)) for stage in stages]
-        + [_percent(row.get(f"{stage} kept")) for stage in kept]
-        for name, row in scores.items()
-        if any(stage in row for stage in stages)
+        [*how, *(_score(row.get(stage)) for stage in stages), *(_percent(_kept(row, stage)) for stage in kept)]
+        for how, row in found.items()
     ]
     columns = ["task", "examples", "questions", *(f"{s}, %" for s in stages), *(f"{s}: kept" for s in kept)]
     note = "Accuracy, normalised where the task has it, ± one standard error; lm-eval."
+    if 0 < len(common) < len(asked):
+        note += " The average is of the rows without a gap."
     return Table("Tasks", columns, rows, note)
+
+
+def _mean(scores: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean of the scores of several tasks, with its standard error."""
+    error = math.hypot(*(score.get("stderr") or 0.0 for score in scores)) / len(scores)
+    return {"score": mean(score["score"] for score in scores), "stderr": error}
+
+
+def _kept(row: Mapping[str, Mapping[str, Any]], stage: str) -> float | None:
+    """Share of the dense model's score."""
+    dense = row["dense"]["score"] if "dense" in row else 0
+    return row[stage]["score"] / dense if dense and stage in row else None
 
 
 def _score(score: Mapping[str, Any] | None) -> str:

@@ -118,10 +118,12 @@ def pruned_card(info: Mapping[str, Any], record: Record) -> str:
 
 def distilled_card(info: Mapping[str, Any], student: Mapping[str, Any]) -> str:
     """Markdown of a distilled model's card, from its `run.json` and that of the run that it began from."""
-    story = [_training(info)]
+    begun = "before" if "student" in student else "pruned"
+    story, taught = [_training(info)], _taught(info)
     seen: list[str] = []
     while "student" in student and student["student"].get("run") not in seen:  # distilled before
         story.append(_training(student))
+        taught = taught or _taught(student)
         seen.append(student["student"].get("run"))
         try:
             student = read_run(Path(seen[-1]))
@@ -130,14 +132,21 @@ def distilled_card(info: Mapping[str, Any], student: Mapping[str, Any]) -> str:
     if student.get("data"):
         story.append(_pruning(student))
     story = story[::-1]
-    columns = {"dense": "dense perplexity", "before": "pruned", "after": "this model"}
-    return _card(info, info["groups"], "distilled", story, columns)
+    columns = {"dense": "dense perplexity", "before": begun, "after": "this model"}
+    return _card(info, info["groups"], "distilled" if taught else "trained", story, columns)
+
+
+def _taught(info: Mapping[str, Any]) -> bool:
+    """Whether a training learned from the dense model, and not from text alone."""
+    method = info.get("method") or {}
+    return method.get("objective", "lm" if method.get("name") in ("lm", "lora") else "kd") != "lm"
 
 
 def _training(info: Mapping[str, Any]) -> str:
     data, run = info["data"], (info.get("student") or {}).get("run")
+    how = "Distilled from the dense model" if _taught(info) else "Trained on text"
     return (
-        f"Distilled from the dense model, beginning with the run `{run}`, with the method {_method(info)} on "
+        f"{how}, beginning with the run `{run}`, with the method {_method(info)} on "
         f"{info['tokens_seen']} tokens of `{data['source']}` (windows of {data['seqlen']}, seed {info['seed']}); "
         f"{amount(info['trained_parameters'])} of {amount(info['parameters'])} parameters were trained."
     )
@@ -167,7 +176,7 @@ def _card(
 ) -> str:
     path = EMBEDDED if info["model"]["path"] == "embedded" else info["model"]["path"]
     base = PRETTY_NAMES.get(path, path)
-    on_hub = path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    on_hub = path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).exists()
     terms = licence(path)
     lines = [
         "---",

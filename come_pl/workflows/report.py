@@ -41,6 +41,9 @@ def report(
     """
     if new_tokens < 1:
         raise RunError(f"new_tokens {new_tokens}: expected at least 1")
+    for name, value, default in (("new_tokens", new_tokens, NEW_TOKENS), ("dtype", dtype, "auto")):
+        if value != default and not (samples or prompts):
+            raise RunError(f"--{name} {value} is for continuations, which are not asked for; add --samples")
     for folder in runs if samples or prompts else []:
         if (folder / RUN_FILE).is_file():
             _load_and_ask(read_story(folder), prompts or list(PROMPTS), new_tokens, dtype)
