@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made.update(model={"path": dense, "layers": 4}, status="finished")
     tiny_text(folder / "text.txt")
     questions(folder)
+    tagged = (folder / "tasks" / "a.yaml").read_text().replace("task: tiny_choice", "task: tiny_tagged\ntag: tiny_tag")
+    (folder / "tasks" / "d.yaml").write_text(tagged)
     return folder
 
 
@@ -115,6 +120,52 @@ def test_scores_are_those_of_lm_eval(home: Path) -> None:
         assert score.metric == metric and score.score == entry[f"{metric},none"]
         assert score.stderr == pytest.approx(entry[f"{metric}_stderr,none"])
         assert score.samples == (14 if task.name == "tiny_group" else 7)
+
+
+def test_a_group_that_names_a_task_of_lm_eval(home: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tasks"
+    shutil.copytree(home / "tasks", folder)
+    (folder / "outer.yaml").write_text("group: outer\ntask: [tiny_choice, {group: inner}]\n")
+    (folder / "inner.yaml").write_text("group: inner\ntask:\n  - task: arc_easy\n    num_fewshot: 1\n")
+    for name, all_of_them in (("tiny_group", False), ("outer", True)):
+        runner = zeroshot.TaskRunner([zeroshot.TaskName(name, 0)], folder)
+        assert runner.local == {name} and ("arc_easy" in runner.manager.all_tasks) == all_of_them
+
+
+def test_a_broken_task_ends_no_other(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(home / "tasks", home / "broken")
+    source = (home / "tasks" / "a.yaml").read_text()
+    wrong = {"undefined": source.replace("{{question}}", "{{nobody.knows}}"), "typed": source.replace("choices", "7()")}
+    for name, text in wrong.items():
+        (home / "broken" / f"{name}.yaml").write_text(text.replace("tiny_choice", name))
+    words = ("dense", *SMALL[:-4], "--include_path", "broken", "--device", "cpu", "--limit", 3)
+    words += ("--texts", "none", "--tasks", *wrong, "mmlu_tiny", "--output", "broken.json")
+    assert evaluated(monkeypatch, home, *words) == 1
+    info = json.loads((home / "broken.json").read_text())
+    assert list(info["tasks"]) == ["mmlu_tiny"] and list(info["failed"]) == list(wrong)
+    assert "UndefinedError" in info["failed"]["undefined"] and "TypeError" in info["failed"]["typed"]
+    assert capsys.readouterr().err.count("failed: task '") == 2
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet", "rows.txt", "more/rows.jsonl"])
+def test_a_task_is_known_by_its_data_too(home: Path, tmp_path: Path, name: str) -> None:
+    folder, task = tmp_path / "tasks", zeroshot.TaskName("tiny_choice", 0)
+    shutil.copytree(home / "tasks", folder)
+
+    def identity() -> dict[str, Any]:
+        return zeroshot.TaskRunner([task], folder).identity(task)
+
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("a")
+    before = identity()
+    for kept in ("__pycache__", ".cache"):
+        (folder / kept).mkdir()
+        (folder / kept / "file").write_text("of no influence")
+    assert identity() == before
+    (folder / name).write_text("b")
+    assert identity() != before
 
 
 def test_how_tasks_are_named() -> None:
@@ -250,6 +301,50 @@ def test_a_second_call_adds_to_the_file(
     assert "eval.json: replaced, as it was of another model" in capsys.readouterr().out
 
 
+def test_calls_that_overlap_keep_each_others_results(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_text(home / "third.txt", seed=4)
+    words = ("dense", *SMALL[2:], "--limit", 3, "--output", "overlap.json", "--cache", "overlapping")
+    real, inner = workflow._score_of, [("--texts", "third.txt", "--tasks", "mmlu_tiny")]
+
+    def score(*arguments: Any, **options: Any) -> dict[str, Any]:
+        if inner:
+            assert evaluated(monkeypatch, home, *words, *inner.pop()) == 0
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(workflow, "_score_of", score)
+    assert evaluated(monkeypatch, home, *words, "--texts", "text.txt", "--tasks", "tiny_choice") == 0
+    info = json.loads((home / "overlap.json").read_text())
+    assert set(info["perplexity"]) == {"text.txt", "third.txt"} and set(info["tasks"]) == {"tiny_choice", "mmlu_tiny"}
+    assert info["average"] == average(info["tasks"])
+    assert not list(home.glob(".overlap*"))
+
+
+@pytest.mark.skipif(workflow.fcntl is None, reason="no locks on this system")
+def test_only_one_call_writes_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[int] = []
+
+    def alone(number: int) -> None:
+        with workflow._alone(tmp_path / "eval.json"):
+            inside.append(number)
+            time.sleep(0.01)
+            inside.append(number)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(alone, range(24)))
+    assert inside[::2] == inside[1::2] and sorted(inside[::2]) == list(range(24)) and not list(tmp_path.iterdir())
+
+
+def test_both_are_measured_in_the_dense_models_dtype(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model().to(torch.bfloat16).save_pretrained(home / "half")
+    real = models.load_model
+    monkeypatch.setattr(models, "load_model", lambda name, dtype, accelerated: real(name, dtype, accelerated=True))
+    for dense, expected in (("half", "bfloat16"), ("none", "float32")):
+        words = ("dense", *(("--dense", dense) if dense != "none" else ()), *SMALL, "--tasks", "none")
+        assert evaluated(monkeypatch, home, *words, "--output", f"{dense}.json") == 0
+        info = json.loads((home / f"{dense}.json").read_text())
+        assert {info[which]["dtype"] for which in ("model", "dense") if which in info} == {expected}
+
+
 def test_a_file_that_is_no_result_is_replaced(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for content in ("", "[]", '{"model": {}}', '{"perplexity": 1, "settings": [], "tasks": {}}'):
         (home / "junk.json").write_text(content)
@@ -284,6 +379,8 @@ def test_the_model_is_looked_for_before_lm_eval_is_read(
         (["dense", "--texts", "none", "--tasks", "none"], "nothing to measure: --texts none and --tasks none"),
         (["small"], "the tokenizer of 'small' makes token"),
         (["dense", "--output", "data"], "output 'data' cannot be written (it is a folder)"),
+        (["dense", "--output", "bad.md"], "output 'bad.md' cannot be written (the Markdown goes beside the JSON)"),
+        (["dense", "--tasks", "tiny_tag"], "a tag, which has no score of its own; expected tasks or groups, as those"),
         (["dense", "--output", "text.txt/e.json"], "output 'text.txt/e.json' cannot be written ('"),
         (["dense", "--tasks", "tiny_choice", "--output", "text.txt/e.json"], "output 'text.txt/e.json' cannot be"),
         ([], "model"),

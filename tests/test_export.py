@@ -166,6 +166,21 @@ def test_export_runs_the_converter(
     assert "failed with exit code 1: this architecture is not known" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("end", ["raise SystemExit('disk full')", "given.outfile.unlink()"])
+def test_a_converter_that_fails_leaves_the_file_that_was_there(
+    end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run, converter = pruned_run(tmp_path), tmp_path / CONVERTER
+    converter.write_text(CONVERT)
+    assert exported(monkeypatch, run, "--converter", converter) == 0
+    before = {file.name for file in run.iterdir()}
+    (run / ".model-f16.gguf.partial").write_text("left by a kill")
+    converter.write_text(f"{CONVERT}given.outfile.write_text('half')\n{end}\n")
+    assert exported(monkeypatch, run, "--converter", converter) == 2
+    assert is_one_line(capsys.readouterr().err, "failed with exit code")
+    assert (run / "model-f16.gguf").read_text() == "GGUF f16" and {file.name for file in run.iterdir()} == before
+
+
 @pytest.mark.parametrize(
     ("family", "full", "fine"),
     [

@@ -11,6 +11,7 @@ import torch
 from cli import exit_code, is_one_line
 from conftest import FAMILIES, save_tiny, tiny_model
 
+from come_pl import models
 from come_pl.cli.latency import latency_main
 from come_pl.evaluation import latency
 from come_pl.evaluation.latency import LatencyError, Load, Turns, ideal, speed_up, spread, summary, take_turns
@@ -38,8 +39,8 @@ class Watched(torch.nn.Module):
 
 def test_models_take_turns_and_the_cache_grows() -> None:
     calls: list[tuple[str, int, int]] = []
-    models = {name: Watched(name, tiny_model(layers=n), calls) for name, n in (("dense", 4), ("model", 3))}
-    found = take_turns(models, Load(batch=2, prompt=6, new_tokens=3), repeats=3, warmup=1)
+    both = {name: Watched(name, tiny_model(layers=n), calls) for name, n in (("dense", 4), ("model", 3))}
+    found = take_turns(both, Load(batch=2, prompt=6, new_tokens=3), repeats=3, warmup=1)
     assert [len(turns.prompt) for turns in found.values()] == [3, 3] == [len(t.generation) for t in found.values()]
     one = [(6, 0), (1, 6), (1, 7), (1, 8)]
     assert [call[1:] for call in calls] == one * 8
@@ -77,9 +78,9 @@ def test_numbers_by_hand() -> None:
     told = summary(dense, Load(batch=2, prompt=6, new_tokens=8))
     assert told["prompt_tokens_per_second"] == 4.0 and told["generation_tokens_per_second"] == 4.0
     assert told["peak_gib"] == 1.0 and told["turns"] == 3
-    models = [tiny_model(layers=n) for n in (4, 3)]
-    layer, head = sum(p.numel() for p in models[0].model.layers[0].parameters()), 97 * 32
-    best = ideal(*models)
+    both = [tiny_model(layers=n) for n in (4, 3)]
+    layer, head = sum(p.numel() for p in both[0].model.layers[0].parameters()), 97 * 32
+    best = ideal(*both)
     assert best["layers"] == pytest.approx(4 / 3)
     assert best["with_head"] == pytest.approx((4 * layer + head) / (3 * layer + head))
     assert best["layers_share"] == pytest.approx(4 * layer / (4 * layer + head))
@@ -100,6 +101,31 @@ def test_compiled_models_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(LatencyError, match="torch.compile failed .no working C.. compiler.; measure without"):
         take_turns({"model": tiny_model()}, Load(prompt=4, new_tokens=2), compiled=True)
+
+
+def test_every_forward_of_every_load_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        def run(*given: Any) -> Any:
+            ran.append(len(given))
+            return graph.forward(*given)
+
+        return run
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: real(model, backend=counting, dynamic=False))
+    both = {name: tiny_model(layers=n) for name, n in (("dense", 4), ("model", 3))}
+    for batch in (1, 2):
+        for prompt in (4, 6, 8, 10):
+            ran.clear()
+            take_turns(both, Load(batch, prompt, new_tokens=2), repeats=1, warmup=1, compiled=True)
+            assert len(ran) >= 2 * 2 * 3, (batch, prompt)
+
+    monkeypatch.setattr(latency, "GRAPHS", 2)
+    with pytest.raises(LatencyError, match="made 2 graphs of one function .* measure without --compile"):
+        take_turns(both, Load(1, 4, new_tokens=6), repeats=1, warmup=1, compiled=True)
+    assert not torch._dynamo.config.fail_on_recompile_limit_hit
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +165,15 @@ def test_a_run_next_to_its_dense_model(home: Path, monkeypatch: pytest.MonkeyPat
     assert "1.33×" in page and page.count("| dense |") == 4 and page.count("| model |") >= 4
 
 
+def test_both_are_timed_in_the_dense_models_dtype(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model().to(torch.bfloat16).save_pretrained(home / "half")
+    real = models.load_model
+    monkeypatch.setattr(models, "load_model", lambda name, dtype, accelerated: real(name, dtype, accelerated=True))
+    assert timed(monkeypatch, home, "dense", "--dense", "half", *SMALL, "--prompt", 4, "--output", "half.json") == 0
+    info = json.loads((home / "half.json").read_text())
+    assert info["dense"]["dtype"] == info["model"]["dtype"] == "bfloat16"
+
+
 def test_a_checkpoint_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert timed(monkeypatch, home, "dense", *SMALL, "--prompt", 4, "--output", "alone.json") == 0
     info = json.loads((home / "alone.json").read_text())
@@ -156,6 +191,7 @@ def test_a_checkpoint_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (["run", "--warmup", 0], "warmup 0: expected at least 1"),
         (["run", "--dense", "other"], "different vocabularies (97 and 99 tokens)"),
         (["run", "--device", "toaster"], "device 'toaster' cannot be used"),
+        (["run", "--output", "bad.md"], "output 'bad.md' cannot be written (the Markdown goes beside the JSON)"),
         (["nothing/at/all"], "does not exist"),
         ([], "model"),
     ],
@@ -163,7 +199,8 @@ def test_a_checkpoint_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_bad_input_is_one_line(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, words: list[object], expected: str
 ) -> None:
-    assert timed(monkeypatch, home, *words, "--output", "bad.json") == 2
+    output = [] if "--output" in words else ["--output", "bad.json"]
+    assert timed(monkeypatch, home, *words, *output) == 2
     error = capsys.readouterr().err
     assert is_one_line(error, expected)
     assert not (home / "bad.json").exists()

@@ -7,8 +7,9 @@ changes from turn to turn, so that a machine that slows down slows them all.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median, quantiles
 from typing import Any
@@ -19,6 +20,8 @@ from torch import Tensor
 from come_pl.decoder import Decoder
 from come_pl.errors import first_line
 from come_pl.record import Meter
+
+GRAPHS = 1024  # of one function: every layer of both models, several times over; torch's own limit is 8
 
 
 class LatencyError(ValueError):
@@ -74,7 +77,8 @@ def take_turns(
         compiled: run them through torch.compile.
 
     Raises:
-        LatencyError: counts below one, a sequence longer than a model reads, or a model that does not compile.
+        LatencyError: counts below one, a sequence longer than a model reads, or a model that does not compile, or not
+            all of it.
     """
     for name, value in {**vars(load), "repeats": repeats, "warmup": warmup}.items():
         if value < 1:
@@ -95,24 +99,43 @@ def take_turns(
         name: sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30 for name, model in models.items()
     }
     found = {name: Turns() for name in models}
-    for turn in range(-warmup, repeats):
-        progress("warm-up" if turn < 0 else f"turn {turn + 1} of {repeats}")
-        for name in list(models) if turn % 2 == 0 else reversed(list(models)):
-            meter = Meter(first.device)
-            before = meter.peak_gib
-            try:
-                reading, writing = _turn(callables[name], tokens, load.new_tokens)
-            except Exception as error:
-                if compiled and turn == -warmup:  # no compiler on this machine, a graph that it cannot take
-                    why = first_line(error)
-                    raise LatencyError(f"torch.compile failed ({why}); measure without --compile") from error
-                raise
-            if turn >= 0 or meter.device is None:  # the memory of a process grows once, in the first turn
-                found[name].peak_gib = max(found[name].peak_gib, weights[name] + meter.peak_gib - before)
-            if turn >= 0:
-                found[name].prompt.append(reading)
-                found[name].generation.append(writing)
+    with _all_compiled() if compiled else contextlib.nullcontext():
+        for turn in range(-warmup, repeats):
+            progress("warm-up" if turn < 0 else f"turn {turn + 1} of {repeats}")
+            for name in list(models) if turn % 2 == 0 else reversed(list(models)):
+                meter = Meter(first.device)
+                before = meter.peak_gib
+                try:
+                    reading, writing = _turn(callables[name], tokens, load.new_tokens)
+                except Exception as error:
+                    if compiled and type(error).__name__.endswith("LimitHit"):  # its module and name differ by version
+                        raise LatencyError(
+                            f"torch.compile made {GRAPHS} graphs of one function and would run the rest as it is; "
+                            "measure without --compile"
+                        ) from error
+                    if compiled and turn == -warmup:  # no compiler on this machine, a graph that it cannot take
+                        why = first_line(error)
+                        raise LatencyError(f"torch.compile failed ({why}); measure without --compile") from error
+                    raise
+                if turn >= 0 or meter.device is None:  # the memory of a process grows once, in the first turn
+                    found[name].peak_gib = max(found[name].peak_gib, weights[name] + meter.peak_gib - before)
+                if turn >= 0:
+                    found[name].prompt.append(reading)
+                    found[name].generation.append(writing)
     return found
+
+
+@contextlib.contextmanager
+def _all_compiled() -> Iterator[None]:
+    """Within it nothing that was compiled before counts, and a function of too many graphs is an error: by default it
+    runs as it is, without a word."""
+    import torch._dynamo.config as config
+
+    torch.compiler.reset()
+    size, hit = ("recompile", "recompile") if hasattr(config, "recompile_limit") else ("cache_size", "cache")
+    limits = {f"{size}_limit": GRAPHS, f"accumulated_{size}_limit": GRAPHS, f"fail_on_{hit}_limit_hit": True}
+    with config.patch(limits):
+        yield
 
 
 @torch.inference_mode()

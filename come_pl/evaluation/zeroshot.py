@@ -6,10 +6,12 @@ checkpoint in the same dtype: same prompts, tokenizer settings and seeds.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -82,7 +84,7 @@ class TaskRunner:
         include_path: folder with task YAML files; `local` are the tasks asked for that are in it.
 
     Raises:
-        TaskError: lm-eval is not installed, no such folder, or a task that nobody knows.
+        TaskError: lm-eval is not installed, no such folder, a task that nobody knows, or a tag.
     """
 
     def __init__(self, tasks: Sequence[TaskName], include_path: Path | None = None):
@@ -95,10 +97,12 @@ class TaskRunner:
         self.include_path = include_path
         self.local: frozenset[str] = frozenset()
         names = [task.name for task in tasks]
+        needed = set(names)
         if include_path is not None:
             self.manager = TaskManager(include_path=str(include_path), include_defaults=False)
             self.local = frozenset(names) & frozenset(self.manager.all_tasks)
-        if include_path is None or len(self.local) < len(set(names)):  # its own tasks are thousands of files to look at
+            needed |= _members(self.local, include_path)
+        if include_path is None or not needed <= set(self.manager.all_tasks):  # else not: lm-eval's own are thousands
             self.manager = TaskManager(include_path=None if include_path is None else str(include_path))
         known = self.manager.all_tasks
         for name in names:
@@ -107,17 +111,30 @@ class TaskRunner:
                 raise TaskError(
                     f"task {name!r} is not known to lm-eval {self.version}{hint} (--include_path adds a folder)"
                 )
+            if name in self.manager.all_tags:
+                entry: Any = self.manager.task_index[name]  # a dictionary in older versions
+                tasks = sorted(entry["task"] if isinstance(entry, dict) else entry.tags)
+                more = ", …" if len(tasks) > 5 else ""
+                raise TaskError(
+                    f"task {name!r} is a tag, which has no score of its own; expected tasks or groups, as those that "
+                    f"have it: {', '.join(tasks[:5])}{more}"
+                )
 
     def identity(self, task: TaskName) -> dict[str, Any]:
         """What a score depends on beside the model: a task of one's own is known by its files."""
         found = {"task": task.name, "shots": task.shots, "lm_eval": self.version}
-        if task.name in self.local and self.include_path is not None:
-            content = hashlib.sha256()
-            for file in sorted(self.include_path.rglob("*")):
-                if file.suffix in (".yaml", ".yml", ".py", ".json", ".jsonl"):
-                    content.update(str(file.relative_to(self.include_path)).encode() + file.read_bytes())
-            found["files"] = content.hexdigest()
-        return found
+        return found | ({"files": self._content} if task.name in self.local else {})
+
+    @cached_property
+    def _content(self) -> str:
+        """sha256 of the folder's files, but for hidden ones and what Python keeps of its own."""
+        assert self.include_path is not None
+        content = hashlib.sha256()
+        for file in sorted(self.include_path.rglob("*")):
+            name = file.relative_to(self.include_path)
+            if file.is_file() and not any(part.startswith((".", "__pycache__")) for part in name.parts):
+                content.update(str(name).encode() + file.read_bytes())
+        return content.hexdigest()
 
     def score(
         self, model: Any, tokenizer: Any, task: TaskName, *, limit: int | None = None, batch_size: int = 4
@@ -128,7 +145,7 @@ class TaskRunner:
             limit: questions of each task (of each subject of a group); all without it.
 
         Raises:
-            TaskError: its data cannot be read, or it has no accuracy.
+            TaskError: its data cannot be read, its files are broken, or it has no accuracy.
         """
         import lm_eval
         from lm_eval.models.huggingface import HFLM
@@ -142,7 +159,7 @@ class TaskRunner:
                 task_manager=self.manager,
                 log_samples=False,
             )
-        except (OSError, ValueError, LookupError, RuntimeError) as error:  # data that is not there, a broken task file
+        except Exception as error:  # data that is not there, or whatever a broken task file runs into
             first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise TaskError(f"task {task.name!r} cannot be run: {type(error).__name__}: {first.strip()}") from error
         entry = found["results"].get(task.name) or found.get("groups", {}).get(task.name, {})
@@ -156,3 +173,31 @@ class TaskRunner:
             float(stderr) if isinstance(stderr, int | float) else None,
             sum(count["effective"] for count in found["n-samples"].values()),
         )
+
+
+def _members(names: Collection[str], folder: Path) -> set[str]:
+    """What the task files of a folder say that groups consist of, down to tasks, of those that are in `names`."""
+    import yaml
+
+    class Reader(yaml.SafeLoader):
+        """Takes tags such as !function for nothing."""
+
+    Reader.add_multi_constructor("!", lambda *_: None)
+    listed: dict[str, Any] = {}
+    for file in folder.rglob("*.yaml"):
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # lm-eval leaves them out too
+            content = yaml.load(file.read_text(encoding="utf-8"), Reader)
+            if isinstance(content, dict) and isinstance(content.get("group"), str):
+                listed[content["group"]] = content.get("task")
+    found: set[str] = set()
+    pending: list[Any] = list(names)
+    while pending:
+        item = pending.pop()
+        if isinstance(item, str) and item not in found:
+            found.add(item)
+            item = listed.get(item)
+        if isinstance(item, dict):
+            item = [item.get("group"), item.get("task")]
+        if isinstance(item, list):
+            pending += item
+    return found

@@ -3,12 +3,13 @@ in the file."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,8 +26,13 @@ from come_pl.record import versions, write_atomically
 from come_pl.report.style import number
 from come_pl.runs import RunError
 from come_pl.windows import check_readable
-from come_pl.workflows.subject import described, device_of, read_pair
+from come_pl.workflows.subject import check_output, described, device_of, load_pair, read_pair
 from come_pl.workflows.tables import markdown, percent, write_json
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 ROOT = Path("runs/eval")
 
@@ -86,7 +92,8 @@ def evaluate(
         include_path: Folder with lm-eval task files of one's own.
         limit: Questions of each task (each subject of MMLU); all by default.
         batch_size: Windows or questions that go through the model at once.
-        dtype: auto (float32 on a CPU, the checkpoint's own elsewhere), float32, bfloat16 or float16.
+        dtype: auto (float32 on a CPU, elsewhere the checkpoint's own, of the dense model if there is one), float32,
+            bfloat16 or float16.
         device: auto, cpu or cuda.
         output: JSON file; the Markdown is beside it. RUN/eval.json by default, or runs/eval/ for a plain checkpoint.
         cache: Folder of results.
@@ -112,11 +119,10 @@ def evaluate(
     for one in (subject, reference) if reference else (subject,):
         check_readable([text.source for text in texts_cut.values()], models.load_config(one.path), one.path)
     file = output or subject.output(ROOT, "eval")
-    _check_writable(file)
+    check_output(file)
     runner = TaskRunner(asked, include_path) if asked else None  # last: lm-eval takes long to import
-    loaded = {"model": subject.load(dtype, where)}
+    loaded = load_pair(subject, reference, dtype, where)
     if reference is not None:
-        loaded["dense"] = reference.load(dtype, where)
         sizes = {which: m.get_output_embeddings().weight.shape[0] for which, m in loaded.items()}
         if sizes["model"] != sizes["dense"]:
             raise RunError(
@@ -134,7 +140,6 @@ def evaluate(
         "tasks": {},
         "failed": {},
     }
-    _take_over(file, info, texts=bool(sources))
 
     def key(which: str) -> dict[str, Any]:
         return {"model": info[which]["fingerprint"], "dtype": info[which]["dtype"], "device": where.type}
@@ -155,7 +160,7 @@ def evaluate(
         if "dense" in entry:
             entry["quality_kept"] = _share(entry["dense"]["token"], entry["model"]["token"])
         info["perplexity"][text] = entry
-        _write(file, info)
+        written = _write(file, info)
     for task in asked:
         assert runner is not None
         scores: dict[str, Any] = {"shots": task.shots, "limit": limit}
@@ -170,27 +175,49 @@ def evaluate(
             if "dense" in scores:
                 scores["kept"] = _share(scores["model"]["score"], scores["dense"]["score"])
             info["tasks"][task.name] = scores
-            info["average"] = average(info["tasks"])
-        _write(file, info)
-    print(report(info))
+        written = _write(file, info)
+    print(report(written))
     print(f"written to {file}")
-    return info
+    return written
 
 
-def _check_writable(file: Path) -> None:
-    """Raises RunError: no result can be written there."""
-    above = next(folder for folder in file.absolute().parents if folder.exists())
-    free = above.is_dir() and os.access(above, os.W_OK)
-    if file.is_dir() or not free:
-        why = "it is a folder" if file.is_dir() else f"{str(above)!r} is no folder that can be written"
-        raise RunError(f"output {str(file)!r} cannot be written ({why}); give --output a FILE.json")
+@contextlib.contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Within it no other command writes `file`; without effect where the system or the file system knows no locks."""
+    if fcntl is None:
+        yield
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = file.with_name(f".{file.name}.lock")
+    while True:
+        held = open(lock, "w")  # noqa: SIM115  # longer than this line
+        with contextlib.suppress(OSError):
+            fcntl.flock(held, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(lock.stat(), os.fstat(held.fileno())):
+                break
+        held.close()  # whoever had it took it away
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        held.close()
 
 
-def _take_over(file: Path, info: dict[str, Any], texts: bool) -> None:
-    """Put into `info` what the file has of earlier calls; what does not go with it is told and left out.
+def _merged(file: Path, info: Mapping[str, Any]) -> dict[str, Any]:
+    """`info`, what this call has measured, with what the file has of other calls; what does not go with it is told and
+    left out."""
+    found = dict(info) | {"settings": dict(info["settings"]), "versions": dict(info["versions"])}
+    known, scored = _known(file, found, texts=bool(info["perplexity"]))
+    found |= {"perplexity": known | info["perplexity"], "tasks": scored | info["tasks"]}
+    return found | ({"average": average(found["tasks"])} if found["tasks"] else {})
+
+
+def _known(file: Path, info: dict[str, Any], texts: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(perplexity, tasks) in the file that go with `info`, into which their settings and version go too.
 
     Args:
-        texts: whether there are texts to measure now, and in `info` the settings of their windows.
+        texts: whether `info` has the settings of its own texts' windows.
     """
     try:
         old = json.loads(file.read_text(encoding="utf-8"))
@@ -198,10 +225,10 @@ def _take_over(file: Path, info: dict[str, Any], texts: bool) -> None:
         scored = {name: {"limit": settings.get("limit")} | task for name, task in old["tasks"].items()}
         lm_eval = old["versions"].get("lm_eval")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return  # none, or of another kind
+        return {}, {}  # none, or of another kind
     if not same:
         print(f"{file}: replaced, as it was of another model or dense model, or of another dtype")
-        return
+        return {}, {}
     windows = {name: settings.get(name) for name in info["settings"] if name != "limit"}
     if not texts:
         info["settings"] |= windows
@@ -212,7 +239,7 @@ def _take_over(file: Path, info: dict[str, Any], texts: bool) -> None:
     if scored and info["versions"].setdefault("lm_eval", lm_eval) != lm_eval:
         print(f"{file}: tasks measured with lm-eval {lm_eval} are replaced")
         scored = {}
-    info |= {"perplexity": known, "tasks": scored} | ({"average": average(scored)} if scored else {})
+    return known, scored
 
 
 def _models(info: Mapping[str, Any]) -> list[Any]:
@@ -274,9 +301,13 @@ def average(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _write(file: Path, info: Mapping[str, Any]) -> None:
-    write_json(file, info)
-    write_atomically(file.with_suffix(".md"), report(info))
+def _write(file: Path, info: Mapping[str, Any]) -> dict[str, Any]:
+    """Write what this call has measured, and what others have meanwhile; returns both."""
+    with _alone(file):
+        found = _merged(file, info)
+        write_json(file, found)
+        write_atomically(file.with_suffix(".md"), report(found))
+    return found
 
 
 def report(info: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from come_pl.models import locate
+from come_pl.record import write_atomically
 from come_pl.runs import RunError
 from come_pl.workflows.subject import read_subject
 
@@ -57,11 +58,18 @@ def export(
         return None
     print(shlex.join(command), flush=True)
     file.parent.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
-    if done.returncode or not file.is_file():
-        lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        why = next(iter(done.stderr.strip().splitlines()[-1:] or lines[-1:]), "it wrote no file")
-        raise RunError(f"{found} failed with exit code {done.returncode}: {why}")
+    at = command.index("--outfile") + 1
+
+    def convert(partial: Path) -> None:
+        partial.unlink(missing_ok=True)  # what a kill left
+        given = [*command[:at], str(partial), *command[at + 1 :]]
+        done = subprocess.run(given, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+        if done.returncode or not partial.is_file():
+            lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+            why = next(iter(done.stderr.strip().splitlines()[-1:] or lines[-1:]), "it wrote no file")
+            raise RunError(f"{found} failed with exit code {done.returncode}: {why}")
+
+    write_atomically(file, convert)
     print(f"written to {file}, {file.stat().st_size / 2**20:,.1f} MiB")
     return file
 

@@ -13,7 +13,7 @@ import torch
 from come_pl.evaluation.latency import LatencyError, Load, ideal, speed_up, summary, take_turns
 from come_pl.record import versions, write_atomically
 from come_pl.report.style import number
-from come_pl.workflows.subject import described, device_of, read_pair, read_subject
+from come_pl.workflows.subject import check_output, described, device_of, load_pair, read_pair, read_subject
 from come_pl.workflows.tables import markdown, write_json
 
 ROOT = Path("runs/latency")
@@ -45,7 +45,8 @@ def latency(
         repeats: Turns that count.
         warmup: Turns before, which do not count.
         compile: Use torch.compile.
-        dtype: auto (float32 on a CPU, the checkpoint's own elsewhere), float32, bfloat16 or float16.
+        dtype: auto (float32 on a CPU, elsewhere the checkpoint's own, of the dense model if there is one), float32,
+            bfloat16 or float16.
         device: auto, cpu or cuda.
         seed: Seed of the prompts' random tokens.
         output: JSON file; the Markdown is beside it. RUN/latency.json by default, or runs/latency/ for a checkpoint.
@@ -58,8 +59,9 @@ def latency(
     if dense is None and read_subject(model).run:
         dense = "auto"
     subject, reference = read_pair(model, None if dense == "none" else dense)
-    loaded = {} if reference is None else {"dense": reference.load(dtype, where)}
-    loaded["model"] = subject.load(dtype, where)
+    file = output or subject.output(ROOT, "latency")
+    check_output(file)
+    loaded = load_pair(subject, reference, dtype, where)
     heads = {m.get_output_embeddings().weight.shape[0] for m in loaded.values()}
     if reference is not None and len(heads) > 1:
         raise LatencyError(
@@ -80,7 +82,6 @@ def latency(
     }
     if "dense" in loaded:
         info["ideal"] = ideal(loaded["dense"], loaded["model"])
-    file = output or subject.output(ROOT, "latency")
     for load in loads:
 
         def say(what: str, load: Load = load) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,28 @@ def read_pair(path: str, dense: str | None) -> tuple[Subject, Subject | None]:
     if dense == "auto":
         dense = subject.dense
     return subject, read_subject(dense) if dense else None
+
+
+def load_pair(subject: Subject, dense: Subject | None, dtype: str, device: torch.device) -> dict[str, Any]:
+    """`model` and, if there is one, `dense`, both in the dtype that the dense one has or is given."""
+    if dense is None:
+        return {"model": subject.load(dtype, device)}
+    beside = dense.load(dtype, device)
+    return {"model": subject.load(str(beside.dtype).removeprefix("torch."), device), "dense": beside}
+
+
+def check_output(file: Path) -> None:
+    """Raises RunError: no result can be written there, as JSON with Markdown beside it."""
+    above = next(folder for folder in file.absolute().parents if folder.exists())
+    if file.suffix.lower() == ".md":
+        why = "the Markdown goes beside the JSON"
+    elif file.is_dir():
+        why = "it is a folder"
+    elif not above.is_dir() or not os.access(above, os.W_OK):
+        why = f"{str(above)!r} is no folder that can be written"
+    else:
+        return
+    raise RunError(f"output {str(file)!r} cannot be written ({why}); give --output a FILE.json")
 
 
 def device_of(name: str) -> torch.device:
