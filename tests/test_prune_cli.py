@@ -710,6 +710,13 @@ def test_official_name_has_the_official_default(
     assert yaml.safe_load(capsys.readouterr().out)["method"]["rho"] == rho
 
 
+def test_a_switch_takes_no_other_word() -> None:
+    switches = {"--refresh"}
+    assert normalise(["--refresh", "run"], {}, switches) == ["--refresh=true", "run"]
+    assert normalise(["--refresh", "false", "run"], {}, switches) == ["--refresh=false", "run"]
+    assert normalise(["run", "--refresh"], {}, switches) == ["run", "--refresh=true"]
+
+
 def test_words_are_normalised_once() -> None:
     """Further processes get the rewritten words and rewrite them again. What is said beside a file counts."""
     assert words("--granularity", "5", "-c", "a.yaml", "--seed=1", "--config=b.yaml") == [

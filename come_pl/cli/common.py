@@ -30,6 +30,8 @@ def normalise(
         name = aliases.get(name, name)
         values = [value] if equals else []
         while not equals and pending and not pending[0].startswith("--") and (not values or name in lists):
+            if name in switches and pending[0].lower() not in ("true", "false", "yes", "no"):
+                break  # a word of its own, as the model that is measured
             values.append(pending.pop(0))
         if name in switches and not values:
             values = ["true"]
