@@ -19,9 +19,7 @@ def _report() -> None:
     quiet()
     from come_pl.workflows.report import report
 
-    # a bare switch takes no run for its value
-    words = ["--samples=true" if word == "--samples" else word for word in sys.argv[1:]]
-    words = normalise(words, {}, {"--samples"}, LISTS)
+    words = normalise(sys.argv[1:], {}, {"--samples"}, LISTS)
     runs = [word for word in words if not word.startswith("-")]
     call(
         report,
