@@ -17,6 +17,13 @@ from come_pl.report.story import bars, main_text, read_story, summary, tiles
 WINDOWS = {"tokens": 16352, "seqlen": 512}
 
 
+def test_a_training_that_made_it_worse_has_won_nothing(tmp_path: Path) -> None:
+    parent = pruned(tmp_path / "p", perplexity={"held.txt": entry(dense=20.0, pruned=40.0)})
+    worse = distilled(tmp_path / "d", parent, perplexity={"held.txt": entry(dense=20.0, before=40.0, after=42.0)})
+    [tile] = [tile for tile in tiles(read_story(worse)) if "42.00" in tile.words]
+    assert (tile.heading, tile.value, tile.tone) == ("Lost by training", "7% more", "cost")
+
+
 @pytest.mark.parametrize(
     ("before", "after", "compared"),
     [
@@ -61,8 +68,8 @@ def test_a_second_training_is_told_by_its_own_texts(tmp_path: Path) -> None:
     assert ["Won back", "perplexity 30.00"] in told and "What it cost" not in dict(told)
     [table] = tables.quality(story)
     assert table.rows == [
-        ["held.txt", "16,352", "20.00", "180.0", "–", "9.0×", "–"],
-        ["other.txt", "16,352", "10.00", "–", "30.00", "–", "3.0×"],
+        ["held.txt", "16,352", "20.00", "180.0", "–", "9.00×", "–"],
+        ["other.txt", "16,352", "10.00", "–", "30.00", "–", "3.00×"],
     ]
     assert "103.5" not in Page(write_report([folder])).text
 

@@ -220,7 +220,10 @@ def tiles(story: Story) -> list[Tile]:
         words += f", now {number(times(row, 'recovered'))}× dense"
         value = f"{back:.0%} of the damage" if back is not None else f"perplexity {number(row['recovered'])}"
         words += "; damage: the nats a token that pruning added" if back is not None else ""
-        found.append(Tile("Won back", value, f"perplexity {words}", "won"))
+        heading, tone = "Won back", "won"
+        if back is not None and back < 0:  # a training that made it worse
+            heading, tone, value = "Lost by training", "cost", f"{-back:.0%} more"
+        found.append(Tile(heading, value, f"perplexity {words}", tone))
     found += _speed(story) or _smaller(story)
     for stage, result in story.results("eval").items():
         kept = (result.get("average") or {}).get("kept")

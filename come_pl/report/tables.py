@@ -102,11 +102,11 @@ def quality(story: Story) -> list[Table]:
     rows = [
         [Path(text).name, f"{row.get('tokens', 0):,.0f}"]
         + [number(row.get(stage)) for stage in stages]
-        + [f"{number(times(row, s), 1)}×" if {s, "dense"} <= row.keys() else "–" for s in stages[1:]]
+        + [f"{number(times(row, s))}×" if {s, "dense"} <= row.keys() else "–" for s in stages[1:]]
         for text, row in story.perplexity.items()
     ]
     columns = ["held-out text", "tokens", *stages, *(f"{stage} / dense" for stage in stages[1:])]
-    note = "Lower is better; 1.0× is the dense model."
+    note = "Lower is better; 1× is the dense model."
     results = story.results("eval")
     return _tables(Table("Perplexity", columns, rows, note), *_evaluated(results), _tasks(results))
 
