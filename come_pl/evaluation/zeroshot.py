@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from come_pl.errors import did_you_mean
@@ -173,6 +175,12 @@ class TaskRunner:
             float(stderr) if isinstance(stderr, int | float) else None,
             sum(count["effective"] for count in found["n-samples"].values()),
         )
+
+
+def mean_score(scores: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean of the scores of several tasks, with its standard error."""
+    error = math.hypot(*(score.get("stderr") or 0.0 for score in scores)) / len(scores)
+    return {"score": mean(score["score"] for score in scores), "stderr": error}
 
 
 def _members(names: Collection[str], folder: Path) -> set[str]:

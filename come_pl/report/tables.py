@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
+from come_pl.evaluation.zeroshot import mean_score
 from come_pl.report.methods import Row, asked, by_text, ground
 from come_pl.report.story import STAGES, Story, Tile, method_name, times
 from come_pl.report.style import amount, number, plural
@@ -139,7 +139,7 @@ def _tasks(results: Mapping[str, Mapping[str, Any]]) -> Table:
     stages = [stage for stage in STAGES if any(stage in row for row in found.values())]
     common = [row for row in found.values() if row.keys() >= set(stages)]
     if common:
-        found["average", "", ""] = {stage: _mean([row[stage] for row in common]) for stage in stages}
+        found["average", "", ""] = {stage: mean_score([row[stage] for row in common]) for stage in stages}
     kept = [stage for stage in stages[1:] if "dense" in stages]
     rows = [
         [*how, *(_score(row.get(stage)) for stage in stages), *(_percent(_kept(row, stage)) for stage in kept)]
@@ -150,12 +150,6 @@ def _tasks(results: Mapping[str, Mapping[str, Any]]) -> Table:
     if 0 < len(common) < len(asked):
         note += " The average is of the rows without a gap."
     return Table("Tasks", columns, rows, note)
-
-
-def _mean(scores: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Mean of the scores of several tasks, with its standard error."""
-    error = math.hypot(*(score.get("stderr") or 0.0 for score in scores)) / len(scores)
-    return {"score": mean(score["score"] for score in scores), "stderr": error}
 
 
 def _kept(row: Mapping[str, Mapping[str, Any]], stage: str) -> float | None:

@@ -21,7 +21,7 @@ import come_pl
 from come_pl import models
 from come_pl.data import TokenWindows, token_windows
 from come_pl.evaluation.perplexity import perplexity, strided
-from come_pl.evaluation.zeroshot import TASKS, TaskError, TaskRunner, read_task
+from come_pl.evaluation.zeroshot import TASKS, TaskError, TaskRunner, mean_score, read_task
 from come_pl.record import versions, write_atomically
 from come_pl.report.style import number
 from come_pl.runs import RunError
@@ -293,9 +293,7 @@ def average(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     for which in ("model", "dense"):
         scores = [task[which] for task in tasks.values() if which in task]
         if scores:
-            variance = sum((score["stderr"] or 0.0) ** 2 for score in scores)
-            mean = sum(score["score"] for score in scores) / len(scores)
-            found[which] = {"score": round(mean, 6), "stderr": round(math.sqrt(variance) / len(scores), 6)}
+            found[which] = {name: round(value, 6) for name, value in mean_score(scores).items()}
     if "dense" in found:
         found["kept"] = _share(found["model"]["score"], found["dense"]["score"])
     return found

@@ -103,7 +103,7 @@ def prune(
         "target_layers": target,
         "data": {"source": windows.source, "tokens": windows.tokens, "fingerprint": windows.fingerprint},
         "monitor": module.monitor_windows,
-        **({"batches": dealt} if (dealt := _dealt(chosen, data.batch_size * trainer.world_size)) else {}),
+        **({"batches": dealt} if (dealt := chosen.dealt(data.batch_size * trainer.world_size)) else {}),
         "seed": seed,
     }
     output = output or ROOT / f"{_slug(module.path)}-{name}-{target}-{digest(identity)}"
@@ -133,9 +133,8 @@ def prune(
         bytes_left = models.parameter_count(model) * size
         between = range(target + 1, layers)
         saves = set(evaluation.at or between).intersection(between) if continue_saving else set()
-        needed = 1.1 * bytes_left * (1 + len(saves)) + size * shapes.layer_parameters * _written(
-            chosen, refit, layers, target
-        )
+        needed = 1.1 * bytes_left * (1 + len(saves))
+        needed += size * shapes.layer_parameters * _written(chosen, refit, layers, target)
         if module.offload == "disk" or retires(chosen, refit):  # new layers, or dense ones: at most all
             needed += bytes_left
         if module.cache != "none":  # streams of the dense model and of the pruned one
@@ -157,10 +156,10 @@ def prune(
             if continue_saving and refit.ends:
                 print("--continue_saving: repairs come at the end; models of depths on the way are saved without them")
             if skipped := sorted(set(evaluation.at) - on_the_way.intersection(between) - {target}):
-                why = "repairs come at the end" if refit.ends else f"{name} plans for the last depth"
-                why = (
-                    why if set(skipped).intersection(between) else f"depths on the way are {target + 1} to {layers - 1}"
-                )
+                if not set(skipped).intersection(between):
+                    why = f"depths on the way are {target + 1} to {layers - 1}"
+                else:
+                    why = "repairs come at the end" if refit.ends else f"{name} plans for the last depth"
                 print(f"--evaluation.at: {', '.join(map(str, skipped))} not measured: {why}")
             if run.resumed and record.steps:
                 print(f"going on from step {len(record.steps)}: {record.layers} of {layers} layers left")
@@ -272,20 +271,14 @@ def costs(record: Record) -> dict[str, float]:
 
 def _check_idle(asked: Refit, refit: Refit) -> None:
     """Raises ValueError: settings of a repair that does not come."""
-    unset = {"when": "auto", "weighting": "inverse", "folds": 4, "ahead": 2, "channels": "group", "last": "auto"}
-    for name, value in unset.items():
-        given = getattr(asked, name)
-        if not refit.on and given not in (value, 0, "own"):  # a part that is asked to be left out is left out
+    unset = Refit().settings
+    for name, given in asked.settings.items():
+        left_out = given in (unset[name], 0, "own")  # a part that is asked to be left out is left out
+        if not refit.on and name not in ("parts", "sweep") and not left_out:
             raise ValueError(
                 f"refit.{name} {given}: nothing is repaired here (--refit {asked.parts}); give --refit down, both or "
                 "all, or leave it out"
             )
-
-
-def _dealt(chosen: Method, at_once: int) -> dict[str, int]:
-    """What of the windows in all processes' batches decides the result, as part of a run's identity."""
-    by_error = getattr(chosen, "select", "span") != "span"  # on the first tokens, up to whole batches
-    return chosen.dealt(at_once) | ({"at_once": at_once} if by_error else {})
 
 
 def _written(chosen: Method, refit: Refit, layers: int, target: int) -> int:

@@ -163,6 +163,10 @@ class CoMe(Method):
         self.race_sites = race
         self.selector = Selector(loss=select == "loss", norm=norm)
 
+    @property
+    def by_batches(self) -> bool:
+        return super().by_batches or self.select != "span"  # by errors on the first tokens, up to whole batches
+
     def __call__(
         self, module: PruningModule, statistics: dict[str, Tensor], record: Record, *, remove: int
     ) -> Decision:
