@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from cli import exit_code, is_one_line, records
 from conftest import FAMILIES, save_tiny, tiny_ids, tiny_model, tiny_text
 from safetensors.torch import load_file
+from test_drop_methods import measured
 from test_loop import lines, prune
 from test_offload import OTHERS
 from test_refit import ready
@@ -19,9 +20,11 @@ from come_pl import models
 from come_pl.cli import common
 from come_pl.cli.prune import prune_main
 from come_pl.decoder import Decoder
-from come_pl.pruning import final_norm, last_layers
+from come_pl.pruning import final_norm, head, last_layers
 from come_pl.pruning.methods import METHODS
+from come_pl.pruning.methods.shortest_path import BridgedModel, ShortestPath
 from come_pl.pruning.refit import Refit
+from come_pl.pruning.regression import NormalEquations
 from come_pl.record import Step
 from come_pl.runs import read_run
 from come_pl.taps import LayerStatistics, boundaries, projection_inputs
@@ -63,7 +66,7 @@ def test_a_trainers_own_autocast_goes_on() -> None:
         assert torch.equal(within, Decoder(model, products=HALF).run(tiny_ids()))
 
 
-def test_at_the_head_derivatives_are_mixed_and_losses_are_not() -> None:
+def test_at_the_head_derivatives_are_mixed_and_losses_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     module, _, _ = ready("llama", Step("drop", [2]))
     module.student_model.requires_grad_(False)
     plain = last_layers._Last(module, 2)
@@ -73,18 +76,59 @@ def test_at_the_head_derivatives_are_mixed_and_losses_are_not() -> None:
     loss = plain.loss(unseen, nothing)
     module.student.products = module.teacher.products = HALF
     told: list[torch.dtype] = []
+    halves: list[torch.dtype] = []
+    expected_of = head.expected
+    monkeypatch.setattr(head, "expected", lambda weight, h: halves.append(weight.dtype) or expected_of(weight, h))
     module.student_model.lm_head.register_forward_hook(lambda m, args, output: told.append(output.dtype))
     mixed = plain.derivatives(seen, nothing, True)
-    assert set(told) == {HALF}
-    told.clear()
+    assert set(halves) == {HALF} and not told
+    halves.clear()
     assert plain.loss(unseen, nothing) == pytest.approx(loss, rel=1e-3) and set(told) == {torch.float32}
     told.clear()
     final_norm._loss(module, final_norm._positions(module, 4, 10**6)[1], torch.ones(module.student.geometry.hidden))
-    assert told[-1] == torch.float32, "the first are those of the dense model's targets"
+    assert set(told) == {torch.float32} and set(halves) == {HALF}, "the dense model's targets"
     for name, each in mixed.items():
         for got, value in zip(each.sums, expected[name].sums, strict=True):
             assert got.dtype == torch.float64
             assert 1e-5 < float((got - value).norm() / value.norm()) < 0.05, (name, value.shape)
+
+
+@pytest.mark.parametrize("products", [None, HALF])
+def test_sums_of_a_regression_are_of_products_in_that_precision(
+    products: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repair's and the choice's; what is solved is not."""
+    told: list[tuple[bool, bool]] = []
+    add, solved = NormalEquations.add, NormalEquations._change
+
+    def added(self: Any, x: Any, r: Any, weight: Any, fold: int) -> None:
+        told.append((True, torch.is_autocast_enabled("cpu")))
+        before = self.a[fold].clone(), self.b[fold].clone()
+        add(self, x, r, weight, fold)
+        root = weight.sqrt()[:, None]
+        wide, short = ((value.float() * root).to(products or torch.float32).double() for value in (x, r))
+        if self.bias:
+            wide = torch.cat([wide, root.to(products or torch.float32).double()], 1)
+        close = {"rtol": 2**-7 if products else 1e-4, "atol": 1e-4 * max(1.0, float(wide.abs().max()) ** 2)}
+        if not self.known:
+            torch.testing.assert_close(self.a[fold] - before[0], wide.T @ wide, **close)
+        torch.testing.assert_close(self.b[fold] - before[1], short.T @ wide, **close)
+
+    def change(*args: Any) -> Any:
+        told.append((False, torch.is_autocast_enabled("cpu")))
+        return solved(*args)
+
+    module, record, _ = ready("opt", Step("drop", [2]))
+    module.student.products = module.teacher.products = products
+    monkeypatch.setattr(NormalEquations, "add", added)
+    monkeypatch.setattr(NormalEquations, "_change", change)
+    Refit("both", "step", folds=2, final=False).after(module, record.steps[-1], record, last=False)
+    assert set(told) == {(True, products is not None), (False, False)}
+    told.clear()
+    module = measured(tiny_model("llama", layers=4), ShortestPath())
+    module.student.products = products
+    BridgedModel(module, 1, 3).divergence([(2, 3)])
+    assert set(told) == {(True, products is not None), (False, False)}
 
 
 @pytest.mark.parametrize("products", [None, HALF])

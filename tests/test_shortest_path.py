@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from come_pl.data import CalibrationData
 from come_pl.decoder import Decoder
+from come_pl.pruning import states
 from come_pl.pruning.methods import shortest_path
 from come_pl.pruning.methods.base import NoSite
 from come_pl.pruning.methods.shortest_path import EVERY, BridgedModel, ShortestPath, shortest_paths
@@ -161,6 +162,35 @@ def test_what_a_layer_gives_is_kept_as_far_as_there_is_room(monkeypatch: pytest.
         found.append([model.divergence([gap]) for gap in gaps])
         assert told == [first for first in expected for _ in model.looks]
     assert found[0] == found[1] == found[2]
+
+
+def test_a_pass_keeps_what_mlps_give_as_far_as_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same record as from nothing kept; nothing is left of it in the end, and nothing is kept without a bridge."""
+    asked: list[int] = []
+    run, keep, found, most = shortest_path.projection_input, PruningModule.keep_channels, [], []
+    monkeypatch.setattr(shortest_path, "projection_input", lambda *a: asked.append(a[1]) or run(*a))
+
+    def kept(self: Any, *args: Any) -> None:
+        keep(self, *args)
+        most.append(len(self.mlp_channels))
+
+    monkeypatch.setattr(PruningModule, "keep_channels", kept)
+    for number, room in enumerate((states.CHANNELS, 10_000, 0)):
+        monkeypatch.setattr(states, "CHANNELS", room)
+        asked.clear()
+        most.clear()
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        method: Any = ShortestPath(windows=1, bridge=3)
+        record = Record(LAYERS, folder / "record.jsonl")
+        module = prune(folder, method=method, model=tiny_model(layers=LAYERS, seed=5), target=4, record=record)
+        found.append([step.scores for step in module.record.steps])
+        assert (not asked) == (number == 0) and (max(most) == 0) == (number == 2) and not module.mlp_channels
+    assert found[0] == found[1] == found[2]
+    most.clear()
+    measured(tiny_model(layers=LAYERS), ShortestPath())
+    prune(tmp_path / "plain", method=ShortestPath(windows=1, bridge=0), target=4)
+    assert not most
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "opt"])

@@ -142,12 +142,8 @@ def _loss(module: PruningModule, at: Positions, factor: Tensor) -> float:
 
 def _derivatives(module: PruningModule, at: Positions, factor: Tensor) -> tuple[Tensor, Tensor]:
     """(gradient (hidden,), F (hidden, hidden)), means over the tokens, fp64."""
-    u, weight, width = at.u, module.student.model.get_output_embeddings().weight, len(factor)
-    sums = torch.zeros(width + 1, width, dtype=torch.float64, device=factor.device)
-    for rows, states in head.parts(module, at, _states(module, at, factor)):
-        expected = head.expected_by(module.student, states, weight)
-        sums[0] += (u[rows] * (expected - at.y[rows])).sum(0, dtype=torch.float64)
-        own = u[rows] * (expected - weight[at.following[rows]].float())
-        sums[1:] += own.T @ own
-    sums = sums / len(at)
-    return sums[0], sums[1:]
+    weight = module.student.model.get_output_embeddings().weight
+    expected = head.expected_by(module.student, _states(module, at, factor)(slice(None)), weight)
+    own = at.u * (expected - weight[at.following].float())
+    gradient = (at.u * (expected - at.y)).sum(0, dtype=torch.float64)
+    return gradient / len(at), (own.T @ own).double() / len(at)

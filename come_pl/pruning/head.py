@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from come_pl.decoder import Decoder
@@ -52,9 +53,7 @@ def targets(module: PruningModule, dense: Tensor, following: Tensor) -> Tensor:
     """y (tokens, hidden) of tokens with these final states (tokens, hidden) of the teacher, after its norm, and next
     tokens (tokens,)."""
     weight = module.student.model.get_output_embeddings().weight
-    found = [weight.new_zeros(0, weight.shape[1], dtype=torch.float32)]
-    found += [expected_by(module.teacher, part, weight) for part in dense.split(_rows(module.teacher))]
-    return 0.5 * torch.cat(found) + 0.5 * weight[following].float()
+    return 0.5 * expected_by(module.teacher, dense, weight) + 0.5 * weight[following].float()
 
 
 def newton(
@@ -137,10 +136,13 @@ def expected(weight: Tensor, logits: Tensor) -> Tensor:
 
 
 def expected_by(decoder: Decoder, states: Tensor, weight: Tensor) -> Tensor:
-    """That of what a decoder makes of final states (tokens, hidden). In the precision of its layers' products, which is
-    enough for derivatives; losses of two changes can be closer to each other than that."""
-    with decoder.mixed():
-        return expected(weight, decoder.logits(states.to(weight.dtype)).float())
+    """That of what a decoder makes of final states (tokens, hidden), (tokens, hidden). In the precision of its layers'
+    products, which is enough for derivatives; losses of two changes can be closer to each other than that."""
+    kind, own = decoder.products or weight.dtype, decoder.model.get_output_embeddings()
+    # once for all tokens: heads are large
+    head, bias, weight = own.weight.to(kind), None if own.bias is None else own.bias.to(kind), weight.to(kind)
+    found = [expected(weight, F.linear(h.to(kind), head, bias).float()) for h in states.split(_rows(decoder))]
+    return torch.cat(found)
 
 
 def parts(module: PruningModule, at: Targets, states: Callable[[slice], Tensor]) -> Iterator[tuple[slice, Tensor]]:

@@ -313,12 +313,13 @@ class _Last:
             with present(self.student.layers[index]):  # for autograd, too
                 run = runs.pop(index) if self.in_memory else self._run(index, window, before)
                 found, slopes = self._back(run, window, slopes)
-            for name, (x, slope, *own) in found.items():
-                total = sums[name]
-                total.gradient += (slope.T @ x).double()
-                if total.curvature and own:
-                    add_outer(total.curvature[0], own[0] * window.size)
-                    add_outer(total.curvature[1], x / window.size)
+            with self.student.mixed():
+                for name, (x, slope, *own) in found.items():
+                    total = sums[name]
+                    total.gradient += (slope.T @ x).double()
+                    if total.curvature and own:
+                        add_outer(total.curvature[0], own[0] * window.size)
+                        add_outer(total.curvature[1], x / window.size)
 
     def _slopes(self, window: Window, stream: Tensor, factors: bool) -> list[Tensor]:
         """Of the loss and, with `factors`, of the nats of the next tokens, at the stream after the last layer
@@ -328,8 +329,7 @@ class _Last:
         with torch.enable_grad():
             normed = norm(state)
         with torch.no_grad():
-            parts = head.parts(self.module, window.at, normed.detach().__getitem__)
-            expected = torch.cat([head.expected_by(self.student, states, weight) for _, states in parts])
+            expected = head.expected_by(self.student, normed.detach(), weight)
         found = []
         for wanted in (window.at.y, weight[window.at.following].float())[: 1 + factors]:
             [slope] = torch.autograd.grad(normed, state, (expected - wanted).to(normed.dtype), retain_graph=True)

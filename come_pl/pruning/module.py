@@ -85,6 +85,7 @@ class PruningModule(CalibrationStates):
         self.cache_gib = 0.0 if cache == "disk" else math.inf if cache_gib is None else cache_gib
         self.needs: frozenset[str] = frozenset()
         self.pass_windows: int | None = None  # windows that the next passes run on; all without it
+        self.keeps_channels = False  # whether they keep `mlp_channels`
         self.span = 2
 
     def configure_optimizers(self) -> None:
@@ -166,10 +167,16 @@ class PruningModule(CalibrationStates):
         def seen(kind: str, layer: int, x: Tensor) -> None:
             self.statistics.add_channels(kind, layer, x, mask)
 
+        def keep(kind: str, layer: int, x: Tensor) -> None:
+            if kind == "mlp":
+                self.keep_channels(batch_idx, layer, x)
+
         with contextlib.ExitStack() as hooks:
             found = hooks.enter_context(boundaries(self.student, start, into, stop))
             if "channel_intensity" in self.needs:
                 hooks.enter_context(projection_inputs(self.student, start, seen))
+            if self.keeps_channels and self.recomputes_slowly:
+                hooks.enter_context(projection_inputs(self.student, start, keep))
             final = self._forward((batch_idx, slice(None)), start, stop=stop)
         if kept is not None and into is None:
             # the embeddings change too when the stream is scaled

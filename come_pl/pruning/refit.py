@@ -353,7 +353,8 @@ class Refit:
         for number, batch in enumerate(module.batches):
             x = module.reads(number, index, path) if reads is None else reads(number)
             wanted = projection_input(teacher, source, path, *inputs_of(batch), module.teacher_stream(number, source))
-            equations.add_windows(batch, x, wanted.float() - x.float(), batch["mask"].float())
+            with student.mixed():
+                equations.add_windows(batch, x, wanted.float() - x.float(), batch["mask"].float())
         return equations.summed(module.add_up)
 
     @torch.inference_mode()
@@ -394,7 +395,8 @@ class Refit:
             with module.inputs.used(student, None if layer else first, number):
                 out, x = layer_run(student, place, path, *inputs_of(batch), hidden, layer)
             weight = token_weights(target, batch["mask"], self.weighting)
-            equations.add_windows(batch, x, target - out.float(), weight)
+            with student.mixed():
+                equations.add_windows(batch, x, target - out.float(), weight)
         return equations.summed(module.add_up)
 
 

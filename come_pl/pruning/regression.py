@@ -59,8 +59,9 @@ class Fit:
 
 
 class NormalEquations:
-    """Sums over tokens of one regression, one set a fold: of each call in fp32, of the calls in fp64, so that it does
-    not matter how windows are spread over batches or processes; solved in fp64, once the strength is found.
+    """Sums over tokens of one regression, one set a fold: of each call in fp32, or of products of its halves where
+    autocast says so, of the calls in fp64, so that it does not matter how windows are spread over batches or processes;
+    solved in fp64, once the strength is found.
 
     Args:
         features: width of x.
@@ -156,6 +157,11 @@ class NormalEquations:
             return math.inf
         return float(self.c[fold] + ((change @ own_a - 2 * own_b) * change).sum(dtype=torch.float64))
 
+    @property
+    def _finite(self) -> bool:
+        """Whether all sums are: what is not in an x or an r is in its square, too."""
+        return all(bool(values.isfinite().all()) for values in (self.a.diagonal(dim1=1, dim2=2), self.c))
+
     def solve(self, guess: float | None = None, grid: Sequence[float] = GRID) -> Fit | None:
         """The best fit; None where no strength does better on unseen folds than no change at all.
 
@@ -164,7 +170,7 @@ class NormalEquations:
             grid: strengths, ascending.
         """
         folds = [f for f in range(len(self.c)) if float(self.c[f]) > 0]
-        if len(folds) < 2 or not all(bool(s.isfinite().all()) for s in self.sums):
+        if len(folds) < 2 or not self._finite:
             return None
         a, b, nothing = self.a.sum(0), self.b.sum(0), float(self.c.sum())
         begin = min(range(len(grid)), key=lambda i: abs(math.log(grid[i] / (guess or 0.1))))

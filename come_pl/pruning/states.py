@@ -16,6 +16,8 @@ from come_pl.record import Record, lowest_changed
 from come_pl.taps import boundaries, projection_input, stream_at
 from come_pl.tensors import Scratch
 
+CHANNELS = 2 * 2**30  # bytes of inputs of down_proj that are kept of a pass
+
 
 class CalibrationStates(CalibrationBatches):
     """Streams of each batch of `batches` at each boundary, in memory, in files or nowhere.
@@ -41,15 +43,28 @@ class CalibrationStates(CalibrationBatches):
         self._states: list[Block | None] = []  # of each batch
         self._valid: list[int] = []  # of each: its highest boundary that is the student's as it is
         self._teacher_states: dict[int, Block] = {}  # the same of the teacher, once something asks for them
+        # of a pass that keeps them: (batch, layer) → the input of down_proj (batch, seq, channels)
+        self.mlp_channels: dict[tuple[int, int], Tensor] = {}
         # to this boundary the student's streams are the dense model's
         self._shared = min((lowest_changed(step) for step in self.record.steps), default=len(self.teacher))
         # compiled layers run as they are, and a device has computed them sooner than it would get them from the host
-        self.inputs = KnownInputs(lambda: self.in_memory and not self.compile_layers and self.device.type == "cpu")
+        self.inputs = KnownInputs(lambda: self.recomputes_slowly)
 
     @property
     def in_memory(self) -> bool:
         """Whether what is computed of the windows may be kept in memory, without a budget."""
         return self.cache == "ram" and self.cache_gib == math.inf
+
+    @property
+    def recomputes_slowly(self) -> bool:
+        """Whether what layers get may be kept, and is had sooner so than computed again."""
+        return self.in_memory and not self.compile_layers and self.device.type == "cpu"
+
+    def keep_channels(self, batch_idx: int, layer: int, x: Tensor) -> None:
+        """Remember the input of a down_proj of the student, if there is room for it; x: (batch, seq, channels) or
+        (batch·seq, channels)."""
+        if sum(kept.nbytes for kept in self.mlp_channels.values()) + x.nbytes <= CHANNELS:
+            self.mlp_channels[batch_idx, layer] = x.reshape(*self.batches[batch_idx]["input_ids"].shape, -1)
 
     @property
     def start(self) -> int:

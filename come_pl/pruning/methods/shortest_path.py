@@ -207,7 +207,9 @@ class BridgedModel:
 
     def _add(self, equations: NormalEquations, look: Look, first: int, x: Tensor, lacks: Tensor) -> None:
         batch = self.module.part(look)
-        equations.add_windows(batch, x, lacks, token_weights(self._dense(look, first), batch["mask"], "inverse"))
+        weights = token_weights(self._dense(look, first), batch["mask"], "inverse")
+        with self.module.student.mixed():
+            equations.add_windows(batch, x, lacks, weights)
 
     def _layer(self, look: Look, first: int, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         """(output of the layer below a gap, input of its down_proj) on the stream `hidden`, by default the dense one,
@@ -218,6 +220,9 @@ class BridgedModel:
         return layer_run(student, first - 1, student.family.mlp_output, *self._inputs(look), hidden)
 
     def _dense_x(self, look: Look, first: int) -> Tensor:
+        known = self.module.mlp_channels.get((look[0], first - 1))
+        if known is not None:
+            return known[look[1]]
         student, hidden = self.module.student, self._dense(look, first - 1)
         return projection_input(student, first - 1, student.family.mlp_output, *self._inputs(look), hidden)
 
@@ -287,7 +292,7 @@ class ShortestPath(Planned):
         bridge = BRIDGE if bridge is None else bridge
         check(windows=(windows, 1), bridge=(bridge, 0), gaps=(gaps, 1), slack=(slack, 0))
         self.windows, self.bridge, self.gaps, self.slack = windows, bridge, gaps, slack
-        self.pass_windows = windows + bridge
+        self.pass_windows, self.keeps_channels = windows + bridge, bridge > 0
 
     def check(self, family: Family, layers: int, remove: int) -> None:
         if remove > layers - 1:
@@ -319,7 +324,9 @@ class ShortestPath(Planned):
         depth = len(module.student)
         self.check(module.student.family, depth, remove)
         with tqdm(desc="choosing layers", unit="gap", leave=False, disable=module.global_rank > 0) as bar:
-            return self._plan(BridgedModel(module, self.windows, self.bridge, bar), depth, remove)
+            found = self._plan(BridgedModel(module, self.windows, self.bridge, bar), depth, remove)
+        module.mlp_channels.clear()
+        return found
 
     def _plan(self, model: BridgedModel, depth: int, remove: int) -> Costs:
         costs = {(layer, layer + 1): model.divergence([(layer, layer + 1)]) for layer in range(1, depth)}
