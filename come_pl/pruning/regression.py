@@ -59,9 +59,9 @@ class Fit:
 
 
 class NormalEquations:
-    """Sums over tokens of one regression, one set a fold: of each call in fp32, or of products of its halves where
-    autocast says so, of the calls in fp64, so that it does not matter how windows are spread over batches or processes;
-    solved in fp64, once the strength is found.
+    """Sums over tokens of one regression, one set a fold: of each call in fp32, or as autocast has its products and
+    rounds their sums, of the calls in fp64, so that it does not matter how windows are spread over batches or
+    processes; solved in fp64, once the strength is found.
 
     Args:
         features: width of x.
