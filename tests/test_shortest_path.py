@@ -190,6 +190,8 @@ def test_a_pass_keeps_what_mlps_give_as_far_as_there_is_room(tmp_path: Path, mon
     most.clear()
     measured(tiny_model(layers=LAYERS), ShortestPath())
     prune(tmp_path / "plain", method=ShortestPath(windows=1, bridge=0), target=4)
+    prune(tmp_path / "disk", method=ShortestPath(windows=1, bridge=3), target=4, cache="disk")
+    prune(tmp_path / "elsewhere", method=ShortestPath(windows=1, bridge=3), target=4, offload="cpu")
     assert not most
 
 

@@ -175,7 +175,7 @@ class PruningModule(CalibrationStates):
             found = hooks.enter_context(boundaries(self.student, start, into, stop))
             if "channel_intensity" in self.needs:
                 hooks.enter_context(projection_inputs(self.student, start, seen))
-            if self.keeps_channels and self.recomputes_slowly:
+            if self.keeps_channels and self.recomputes_slowly and self.offload == "none":  # memory comes first there
                 hooks.enter_context(projection_inputs(self.student, start, keep))
             final = self._forward((batch_idx, slice(None)), start, stop=stop)
         if kept is not None and into is None:
