@@ -80,8 +80,11 @@ def test_at_the_head_derivatives_are_mixed_and_losses_are_not(monkeypatch: pytes
     expected_of = head.expected
     monkeypatch.setattr(head, "expected", lambda weight, h: halves.append(weight.dtype) or expected_of(weight, h))
     module.student_model.lm_head.register_forward_hook(lambda m, args, output: told.append(output.dtype))
+    outer, summed = last_layers.add_outer, set[bool]()
+    spied = lambda *a: (summed.add(torch.is_autocast_enabled("cpu")), outer(*a))  # noqa: E731
+    monkeypatch.setattr(last_layers, "add_outer", spied)
     mixed = plain.derivatives(seen, nothing, True)
-    assert set(halves) == {HALF} and not told
+    assert set(halves) == {HALF} and not told and summed == {True}
     halves.clear()
     assert plain.loss(unseen, nothing) == pytest.approx(loss, rel=1e-3) and set(told) == {torch.float32}
     told.clear()

@@ -167,11 +167,14 @@ def test_what_a_layer_gives_is_kept_as_far_as_there_is_room(monkeypatch: pytest.
 def test_a_pass_keeps_what_mlps_give_as_far_as_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same record as from nothing kept; nothing is left of it in the end, and nothing is kept without a bridge."""
     asked: list[int] = []
-    run, keep, found, most = shortest_path.projection_input, PruningModule.keep_channels, [], []
+    run, keep, found = shortest_path.projection_input, PruningModule.keep_channels, []
+    most: list[int] = []
+    batches: set[int] = set()
     monkeypatch.setattr(shortest_path, "projection_input", lambda *a: asked.append(a[1]) or run(*a))
 
     def kept(self: Any, *args: Any) -> None:
         keep(self, *args)
+        batches.add(args[0])
         most.append(len(self.mlp_channels))
 
     monkeypatch.setattr(PruningModule, "keep_channels", kept)
@@ -187,6 +190,11 @@ def test_a_pass_keeps_what_mlps_give_as_far_as_there_is_room(tmp_path: Path, mon
         found.append([step.scores for step in module.record.steps])
         assert (not asked) == (number == 0) and (max(most) == 0) == (number == 2) and not module.mlp_channels
     assert found[0] == found[1] == found[2]
+    assert batches == {0, 1}, "of three: those of four windows"
+    batches.clear()
+    every = Refit("down", "step", folds=2, final=False)  # its passes run on all windows
+    prune(tmp_path / "step", method=ShortestPath(windows=1, bridge=1), target=4, refit=every)
+    assert batches == {0}
     most.clear()
     measured(tiny_model(layers=LAYERS), ShortestPath())
     prune(tmp_path / "plain", method=ShortestPath(windows=1, bridge=0), target=4)

@@ -137,7 +137,8 @@ def expected(weight: Tensor, logits: Tensor) -> Tensor:
 
 def expected_by(decoder: Decoder, states: Tensor, weight: Tensor) -> Tensor:
     """That of what a decoder makes of final states (tokens, hidden), (tokens, hidden). In the precision of its layers'
-    products, which is enough for derivatives; losses of two changes can be closer to each other than that."""
+    products, which is enough for derivatives; losses of two changes can be closer to each other than that. Of a decoder
+    whose logits are those of the head (`predictable`)."""
     kind, own = decoder.products or weight.dtype, decoder.model.get_output_embeddings()
     # once for all tokens: heads are large
     head, bias, weight = own.weight.to(kind), None if own.bias is None else own.bias.to(kind), weight.to(kind)

@@ -54,7 +54,7 @@ class ProgressivePruning(Callback):
         """Tell what the next step needs measured."""
         left = module.record.layers - self.target_layers
         module.needs = self.method.needs_for(module.record) | self.refit.needs
-        module.keeps_channels = self.method.keeps_channels and not module.record.steps
+        module.channel_windows = 0 if module.record.steps else self.method.channel_windows
         # processes race sites on what each of them sees, and would not agree
         alone = module.world == 1 and not self.refit.needs and left > 0
         module.sites.begin(self.method.sites(module.record, left) if alone else None)

@@ -85,7 +85,7 @@ class PruningModule(CalibrationStates):
         self.cache_gib = 0.0 if cache == "disk" else math.inf if cache_gib is None else cache_gib
         self.needs: frozenset[str] = frozenset()
         self.pass_windows: int | None = None  # windows that the next passes run on; all without it
-        self.keeps_channels = False  # whether they keep `mlp_channels`
+        self.channel_windows = 0  # windows that they keep `mlp_channels` of
         self.span = 2
 
     def configure_optimizers(self) -> None:
@@ -175,7 +175,8 @@ class PruningModule(CalibrationStates):
             found = hooks.enter_context(boundaries(self.student, start, into, stop))
             if "channel_intensity" in self.needs:
                 hooks.enter_context(projection_inputs(self.student, start, seen))
-            if self.keeps_channels and self.recomputes_slowly and self.offload == "none":  # memory comes first there
+            spacious = self.recomputes_slowly and self.offload == "none"  # else memory comes first
+            if spacious and batch_idx in self.first_batches(self.channel_windows):
                 hooks.enter_context(projection_inputs(self.student, start, keep))
             final = self._forward((batch_idx, slice(None)), start, stop=stop)
         if kept is not None and into is None:

@@ -159,7 +159,7 @@ class NormalEquations:
 
     @property
     def _finite(self) -> bool:
-        """Whether all sums are: what is not in an x or an r is in its square, too."""
+        """Whether all sums are: NaN or infinity in an x or an r is in the sum of its squares, too."""
         return all(bool(values.isfinite().all()) for values in (self.a.diagonal(dim1=1, dim2=2), self.c))
 
     def solve(self, guess: float | None = None, grid: Sequence[float] = GRID) -> Fit | None:

@@ -40,8 +40,8 @@ class Method(ABC):
             need not stay in memory.
         pass_windows: calibration windows that passes before a step run on, rounded up to whole batches, for a method
             that looks at no others; all without it.
-        keeps_channels: whether it looks at what the dense model's MLPs give their output projections, so that a pass
-            keeps it as far as there is room.
+        channel_windows: calibration windows of which it looks at what the dense model's MLPs give their output
+            projections, so that the first pass keeps it as far as there is room.
         writes: layers that a step gives weights of their own, at most.
     """
 
@@ -50,7 +50,7 @@ class Method(ABC):
     progressive = False
     spares_teacher = False
     pass_windows: int | None = None
-    keeps_channels = False
+    channel_windows = 0
     writes = 0
 
     def needs_for(self, record: Record) -> frozenset[str]:

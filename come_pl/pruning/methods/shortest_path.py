@@ -292,7 +292,8 @@ class ShortestPath(Planned):
         bridge = BRIDGE if bridge is None else bridge
         check(windows=(windows, 1), bridge=(bridge, 0), gaps=(gaps, 1), slack=(slack, 0))
         self.windows, self.bridge, self.gaps, self.slack = windows, bridge, gaps, slack
-        self.pass_windows, self.keeps_channels = windows + bridge, bridge > 0
+        self.pass_windows = windows + bridge
+        self.channel_windows = self.pass_windows if bridge else 0
 
     def check(self, family: Family, layers: int, remove: int) -> None:
         if remove > layers - 1:
