@@ -100,7 +100,7 @@ def test_at_the_head_derivatives_are_mixed_and_losses_are_not(monkeypatch: pytes
 def test_sums_of_a_regression_are_of_products_in_that_precision(
     products: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A repair's and the choice's; what is solved is not."""
+    """A repair's, of outputs and of what is read, and the choice's; what is solved is not."""
     told: list[tuple[bool, bool]] = []
     add, solved = NormalEquations.add, NormalEquations._change
 
@@ -125,7 +125,7 @@ def test_sums_of_a_regression_are_of_products_in_that_precision(
     module.student.products = module.teacher.products = products
     monkeypatch.setattr(NormalEquations, "add", added)
     monkeypatch.setattr(NormalEquations, "_change", change)
-    Refit("both", "step", folds=2, final=False).after(module, record.steps[-1], record, last=False)
+    Refit("all", "step", folds=2, final=False).after(module, record.steps[-1], record, last=False)
     assert set(told) == {(True, products is not None), (False, False)}
     told.clear()
     module = measured(tiny_model("llama", layers=4), ShortestPath())

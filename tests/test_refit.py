@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,19 @@ def ready(family: str, step: Step, cache: Any = "ram", **options: Any) -> tuple[
     module.do(step)
     record.append(step)
     return module, record, refit
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("part", ["x", "r"])
+@pytest.mark.parametrize("everywhere", [True, False])
+@pytest.mark.parametrize("guess", [None, 0.01])
+def test_what_is_not_finite_is_not_fitted_to(value: float, part: str, everywhere: bool, guess: float | None) -> None:
+    """In one fold, or in all of them."""
+    x, r, weight, _ = problem(False)
+    assert equations(x, r, weight, False).solve(guess) is not None
+    spoiled = x if part == "x" else r
+    spoiled[weight.nonzero()[:, 0][:: 1 if everywhere else len(x)], 0] = value
+    assert equations(x, r, weight, False).solve(guess) is None
 
 
 def test_what_is_not_fitted_to_is_there_wherever_windows_fall() -> None:

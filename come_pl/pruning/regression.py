@@ -157,20 +157,16 @@ class NormalEquations:
             return math.inf
         return float(self.c[fold] + ((change @ own_a - 2 * own_b) * change).sum(dtype=torch.float64))
 
-    @property
-    def _finite(self) -> bool:
-        """Whether all sums are: NaN or infinity in an x or an r is in the sum of its squares, too."""
-        return all(bool(values.isfinite().all()) for values in (self.a.diagonal(dim1=1, dim2=2), self.c))
-
     def solve(self, guess: float | None = None, grid: Sequence[float] = GRID) -> Fit | None:
-        """The best fit; None where no strength does better on unseen folds than no change at all.
+        """The best fit; None where no strength does better on unseen folds than no change at all, and where sums are
+        not finite: then nothing can be solved.
 
         Args:
             guess: strength to begin the search at, near the best one; by default 0.1, searched in wider strides first.
             grid: strengths, ascending.
         """
         folds = [f for f in range(len(self.c)) if float(self.c[f]) > 0]
-        if len(folds) < 2 or not self._finite:
+        if len(folds) < 2:
             return None
         a, b, nothing = self.a.sum(0), self.b.sum(0), float(self.c.sum())
         begin = min(range(len(grid)), key=lambda i: abs(math.log(grid[i] / (guess or 0.1))))
