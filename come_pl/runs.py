@@ -13,12 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from come_pl import locks
 from come_pl.record import versions, write_atomically
-
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing keeps a second command out
-    fcntl = None  # type: ignore[assignment]
 
 RUN_FILE = "run.json"
 FRUITS = ("record.jsonl", "checkpoints/*", "model*")  # what a run has from its first finished step on
@@ -211,19 +207,15 @@ class _Claim:
 
     def take(self, folder: Path) -> bool:
         """Whether the folder is not another's; one that is not there is nobody's."""
-        if fcntl is None or not folder.is_dir() or folder.stat().st_ino in self._held:
+        if not locks.KNOWN or not folder.is_dir() or folder.stat().st_ino in self._held:
             return True
         try:
             descriptor = os.open(folder, os.O_RDONLY)
         except OSError:
             return True
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not locks.lock(descriptor):
             os.close(descriptor)
             return False
-        except OSError:
-            pass
         self._held[os.fstat(descriptor).st_ino] = weakref.finalize(self, os.close, descriptor)
         return True
 

@@ -16,7 +16,7 @@ from cli import exit_code, is_one_line
 from conftest import save_tiny, tiny_ids, tiny_model, tiny_text, tiny_tokenizer
 from questions import questions
 
-from come_pl import models
+from come_pl import locks, models
 from come_pl.cli.evaluate import evaluate_main
 from come_pl.evaluation import zeroshot
 from come_pl.evaluation.perplexity import BadWindows, perplexity, strided
@@ -319,7 +319,7 @@ def test_calls_that_overlap_keep_each_others_results(home: Path, monkeypatch: py
     assert not list(home.glob(".overlap*"))
 
 
-@pytest.mark.skipif(workflow.fcntl is None, reason="no locks on this system")
+@pytest.mark.skipif(not locks.KNOWN, reason="no locks on this system")
 def test_only_one_call_writes_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inside: list[int] = []
 

@@ -433,8 +433,10 @@ def test_auto_is_down_for_come_where_that_can_be_solved() -> None:
     assert Refit("both").resolved("fusegpt", llama).parts == "both"
     with pytest.raises(ValueError, match="--refit all leads .* and fusegpt has trained them; give --refit both"):
         Refit("all").resolved("fusegpt", llama)
-    with pytest.raises(ValueError, match="not possible for gemma3"):
-        Refit("down").resolved("come", gemma)
+    asked: tuple[Refit, ...] = (Refit("down"), Refit("best", sweep=1), Refit(sweep=1))
+    for refit in asked:
+        with pytest.raises(ValueError, match="not possible for gemma3"):
+            refit.resolved("come", gemma)
 
 
 def test_layer_run_gives_the_layers_own_output_and_input() -> None:

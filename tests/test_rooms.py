@@ -9,7 +9,7 @@ import pytest
 from cli import ROOT
 
 ROOMS = (
-    *("memory", "errors"),
+    *("memory", "errors", "locks"),
     *("tensors", "offload", "compiled", "decoder", "surgery", "taps", "record", "runs"),
     *("text", "models", "windows", "data"),
     *("pruning", "distillation", "evaluation", "report", "workflows", "cli"),

@@ -11,6 +11,8 @@ import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, StrategyRegistry
 
+from come_pl import locks
+
 DEEPSPEED: dict[str, dict[str, Any]] = {
     "deepspeed": {},
     "deepspeed_stage_1": {"stage": 1},
@@ -34,8 +36,6 @@ def build_communication() -> None:
     torch guards a build by a file that outlives a killed process and makes all later runs wait for ever. Here a lock
     of the operating system guards it, which dies with its process; who holds it may clear away such a file.
     """
-    import fcntl
-
     from deepspeed.accelerator import get_accelerator
 
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
@@ -44,7 +44,7 @@ def build_communication() -> None:
     folder = extensions()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "building", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        locks.lock(lock.fileno(), wait=True)
         (folder / builder.NAME / "lock").unlink(missing_ok=True)
         builder.load(verbose=False)
 

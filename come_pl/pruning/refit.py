@@ -68,7 +68,7 @@ def check_family(family: Family) -> None:
     if not family.linear_outputs:
         raise ValueError(
             f"refit is not possible for {family.name}: a norm stands between its output projections and the stream; "
-            "use --refit none"
+            "use --refit none, without --sweep"
         )
 
 
@@ -126,6 +126,8 @@ class Refit:
     def resolved(self, method: str, family: Family, affordable: int = last_layers.LAYERS) -> Refit:
         """What `best` and `auto` mean for a method and a family (`affordable`: for `last`); sweeps ask for refits."""
         parts, when, last = self.parts, self.when, self.last
+        if self.sweep:
+            check_family(family)
         if parts == "best":
             parts = "all" if family.linear_outputs else "none"
         if parts == "auto":

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 import come_pl
-from come_pl import models
+from come_pl import locks, models
 from come_pl.data import TokenWindows, token_windows
 from come_pl.evaluation.perplexity import perplexity, strided
 from come_pl.evaluation.zeroshot import TASKS, TaskError, TaskRunner, mean_score, read_task
@@ -28,11 +28,6 @@ from come_pl.runs import RunError
 from come_pl.windows import check_readable
 from come_pl.workflows.subject import check_output, described, device_of, load_pair, read_pair
 from come_pl.workflows.tables import markdown, percent, write_json
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 ROOT = Path("runs/eval")
 
@@ -184,15 +179,14 @@ def evaluate(
 @contextlib.contextmanager
 def _alone(file: Path) -> Iterator[None]:
     """Within it no other command writes `file`; without effect where the system or the file system knows no locks."""
-    if fcntl is None:
+    if not locks.KNOWN:
         yield
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = file.with_name(f".{file.name}.lock")
     while True:
         held = open(lock, "w")  # noqa: SIM115  # longer than this line
-        with contextlib.suppress(OSError):
-            fcntl.flock(held, fcntl.LOCK_EX)
+        locks.lock(held.fileno(), wait=True)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(lock.stat(), os.fstat(held.fileno())):
                 break
