@@ -214,7 +214,7 @@ def test_what_it_says_of_a_recovered_run(runs: dict[str, Path]) -> None:
     ):
         assert words in page.text, words
     assert "recovered says <b>this</b> & more" in page.text  # as text, not as a tag
-    assert "Repair in closed form took away 40 %" in page.source
+    assert "Repair in closed form took away 40%" in page.source
     assert "Every loss fell" in page.source and "Writing is 1.25× as fast" in page.source
     assert "the ideal is 1.50× (12 layers → 8)" in page.source
 

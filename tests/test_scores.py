@@ -79,7 +79,7 @@ def test_every_depth_is_asked_once_and_no_model_is_left(
     assert "tasks kept" in (tmp_path / "out" / "report.html").read_text()
     with Image.open(tmp_path / "out" / "tasks.png") as image:
         best = max((row for row in rows.values() if row["layers"] == "4"), key=lambda row: float(row["score"]))
-        assert f" answers most, {100 * float(best['score']):.1f} % at 4 of 6 layers; dense" in image.info["Title"]
+        assert f" answers most, {100 * float(best['score']):.1f}% at 4 of 6 layers; dense" in image.info["Title"]
         assert "come refit=down: 5 layers " in image.info["Description"]
 
     started.clear()

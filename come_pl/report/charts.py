@@ -52,7 +52,7 @@ def refits(run_dir: Path, path: Path | None = None) -> Path | None:
     if not values:
         return None
     removed = [100 * (1 - value) for value in values]
-    title = f"Repair in closed form took away {_range(removed, '.0f')} % of a layer's error on unseen windows"
+    title = f"Repair in closed form took away {_range(removed, '.0f')}% of a layer's error on unseen windows"
     figure, axes = canvas(title, 2.5)
     sweep = found[-1] if len(found[-1]) > 1 else []
     single = [points for points in found if points is not sweep]
@@ -89,12 +89,12 @@ def _learned(curves: Mapping[str, Sequence[float]]) -> str:
         fell[name] = 100 * (1 - end / begin) if begin > 0 else 0.0
     best, worst = max(fell, key=lambda n: fell[n]), min(fell, key=lambda n: fell[n])
     if len(fell) == 1:
-        return f"The loss fell by {fell[best]:.0f} %" if fell[best] >= 0.5 else "The loss did not fall"
+        return f"The loss fell by {fell[best]:.0f}%" if fell[best] >= 0.5 else "The loss did not fall"
     if fell[best] < 0.5:
         return "No loss fell"
     if fell[worst] < 0.5:
-        return f"The loss of {best} fell most ({fell[best]:.0f} %), that of {worst} not at all"
-    return f"Every loss fell, by {_range(list(fell.values()), '.0f')} %: {best} most, {worst} least"
+        return f"The loss of {best} fell most ({fell[best]:.0f}%), that of {worst} not at all"
+    return f"Every loss fell, by {_range(list(fell.values()), '.0f')}%: {best} most, {worst} least"
 
 
 def distillation(run_dir: Path, path: Path | None = None) -> Path | None:

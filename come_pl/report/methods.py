@@ -44,7 +44,7 @@ def asked(rows: Sequence[Row], settings: Mapping[str, Any]) -> str:
     if scored is None:
         return ""
     limit = f", {settings['limit']} questions of each" if settings.get("limit") else ""
-    words = f" Tasks: mean score of {', '.join(scored['tasks'])}{limit}; dense {100 * scored['dense_score']:.1f} %"
+    words = f" Tasks: mean score of {', '.join(scored['tasks'])}{limit}; dense {100 * scored['dense_score']:.1f}%"
     return words + f"; one standard error is about {100 * scored['score_stderr']:.1f}."
 
 
@@ -177,8 +177,8 @@ def by_tasks(rows: Sequence[Row], settings: Mapping[str, Any], path: Path) -> Pa
     dense, error = 100 * scored[0]["dense_score"], 100 * scored[0]["score_stderr"]
     deepest = min(row["layers"] for row in scored)
     best = min(curves, key=lambda label: (-curves[label].get(deepest, -1.0), label))
-    most = f"{curves[best][deepest]:.1f}\u00a0% at {deepest} of {layers} layers"
-    title = f"{model_name(settings['model'])}: {best} answers most, {most}; dense {dense:.1f}\u00a0%"
+    most = f"{curves[best][deepest]:.1f}% at {deepest} of {layers} layers"
+    title = f"{model_name(settings['model'])}: {best} answers most, {most}; dense {dense:.1f}%"
     caption = f"Each line is a method, pruning from {layers} layers; higher is better.{asked(rows, settings)}"
     caption += " Shaded: dense, give or take that."
     figure, axes, tall = _frame(title, caption, list(curves))
@@ -187,9 +187,9 @@ def by_tasks(rows: Sequence[Row], settings: Mapping[str, Any], path: Path) -> Pa
     axes.set_ylim(min(measured) - 2 * error - 0.5, max(measured) + 2 * error + 0.5)
     axes.axhspan(dense - error, dense + error, color=PALE, lw=0, zorder=0)
     shown = {label: {layers: dense} | curve for label, curve in curves.items()}
-    _lines(axes, tall, shown, _ranking(_curves(rows)), lambda label: f"{curves[label][min(curves[label])]:.1f} %")
+    _lines(axes, tall, shown, _ranking(_curves(rows)), lambda label: f"{curves[label][min(curves[label])]:.1f}%")
     parts = [
-        f"{label}: {', '.join(f'{d} layers {v:.1f} %' for d, v in curve.items())}" for label, curve in curves.items()
+        f"{label}: {', '.join(f'{d} layers {v:.1f}%' for d, v in curve.items())}" for label, curve in curves.items()
     ]
     return save_picture(figure, path, title, f"{title}. {caption} By method: {'; '.join(parts)}.")
 

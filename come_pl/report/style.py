@@ -49,6 +49,10 @@ def number(value: float | None, digits: int = 2) -> str:
     return f"{value:,.{digits if value < 100 else 1 if value < 1000 else 0}f}"
 
 
+def percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.1%}"
+
+
 def amount(parameters: int) -> str:
     """A number of parameters: 134.5M, 12.3K."""
     return f"{parameters / 1e6:,.1f}M" if parameters >= 1e6 else f"{parameters / 1e3:.1f}K"

@@ -11,7 +11,7 @@ from typing import Any
 from come_pl.evaluation.zeroshot import mean_score
 from come_pl.report.methods import Row, asked, by_text, ground
 from come_pl.report.story import STAGES, Story, Tile, method_name, times
-from come_pl.report.style import amount, number, plural
+from come_pl.report.style import amount, number, percent, plural
 
 
 @dataclass
@@ -28,10 +28,6 @@ class Table:
 
 def _tables(*found: Table) -> list[Table]:
     return [table for table in found if table.rows]
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{share:.1%}"
 
 
 def merges(story: Story) -> list[Table]:
@@ -120,7 +116,7 @@ def _evaluated(results: Mapping[str, Mapping[str, Any]]) -> list[Table]:
                     one, name = entry[which], "dense" if which == "dense" else stage
                     values = [number(one["token"]), number(one["word"]), number(one.get("kl"), 3)]
                     kept = entry.get("quality_kept") if which == "model" else 1.0
-                    rows.append([Path(text).name, name, f"{one['tokens']:,}", *values, _percent(kept)])
+                    rows.append([Path(text).name, name, f"{one['tokens']:,}", *values, percent(kept)])
     columns = ["held-out text", "model", "tokens", "perplexity a token", "a word", "KL to dense", "quality kept"]
     note = "Measured by come-eval. Quality kept: dense perplexity / perplexity. KL in nats a token."
     return _tables(Table("Perplexity by token and by word", columns, rows, note, heads=2))
@@ -142,7 +138,7 @@ def _tasks(results: Mapping[str, Mapping[str, Any]]) -> Table:
         found["average", "", ""] = {stage: mean_score([row[stage] for row in common]) for stage in stages}
     kept = [stage for stage in stages[1:] if "dense" in stages]
     rows = [
-        [*how, *(_score(row.get(stage)) for stage in stages), *(_percent(_kept(row, stage)) for stage in kept)]
+        [*how, *(_score(row.get(stage)) for stage in stages), *(percent(_kept(row, stage)) for stage in kept)]
         for how, row in found.items()
     ]
     columns = ["task", "examples", "questions", *(f"{s}, %" for s in stages), *(f"{s}: kept" for s in kept)]
@@ -236,9 +232,9 @@ def comparison(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[Table]:
             values = ["failed", "–", "–", "–", "–"]
             if row["status"] == "finished":
                 values = [number(row["times_dense"]), number(row["seconds"], 1), number(row["perplexity"])]
-                values += [_percent(row["quality_kept"]), number(row["peak_gib"])]
+                values += [percent(row["quality_kept"]), number(row["peak_gib"])]
             if tasks:
-                values += [_percent(row.get("score")), _percent(row.get("score_kept"))]
+                values += [percent(row.get("score")), percent(row.get("score_kept"))]
             cells.append([row["method"], str(row["layers"]), *values])
         note = ground(chosen, settings, text) + " Quality kept: dense perplexity / perplexity." + tasks
         found += _tables(Table(f"Every run, on {Path(text).name}", columns, cells, note))

@@ -376,5 +376,5 @@ def _said(row: Mapping[str, Any]) -> str:
         return f"failed: {row['error']}"
     said = f"{number(row['times_dense'])} × dense perplexity, {row['seconds']:.0f} s, {row['peak_gib']:.2f} GiB"
     if "score" in row:
-        said += f", tasks {100 * row['score']:.1f} % (dense {100 * row['dense_score']:.1f})"
+        said += f", tasks {row['score']:.1%} (dense {row['dense_score']:.1%})"
     return said + (f"; {row['error']}" if row.get("error") else "")

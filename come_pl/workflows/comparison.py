@@ -9,8 +9,8 @@ from typing import Any
 
 from come_pl.record import write_atomically
 from come_pl.report.methods import Row, asked, by_text, ground
-from come_pl.report.style import model_name, number
-from come_pl.workflows.tables import markdown, percent, write_csv, write_json
+from come_pl.report.style import model_name, number, percent
+from come_pl.workflows.tables import markdown, write_csv, write_json
 
 COLUMNS = [
     *("method", "layers", "text", "status", "perplexity", "dense", "times_dense", "quality_kept", "seconds"),

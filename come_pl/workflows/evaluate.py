@@ -23,11 +23,11 @@ from come_pl.data import TokenWindows, token_windows
 from come_pl.evaluation.perplexity import perplexity, strided
 from come_pl.evaluation.zeroshot import TASKS, TaskError, TaskRunner, mean_score, read_task
 from come_pl.record import versions, write_atomically
-from come_pl.report.style import number
+from come_pl.report.style import number, percent
 from come_pl.runs import RunError
 from come_pl.windows import check_readable
 from come_pl.workflows.subject import check_output, described, device_of, load_pair, read_pair
-from come_pl.workflows.tables import markdown, percent, write_json
+from come_pl.workflows.tables import markdown, write_json
 
 ROOT = Path("runs/eval")
 

@@ -136,7 +136,7 @@ def report(info: Mapping[str, Any]) -> str:
             rows.append([*load, *gains, f"{best['layers']:.2f}×", f"{best['with_head']:.2f}×"])
         lines.append(markdown(columns, rows))
         lines.append(
-            f"Decoder layers hold {100 * best['layers_share']:.0f} % of the dense model's parameters that every new "
+            f"Decoder layers hold {best['layers_share']:.0%} of the dense model's parameters that every new "
             "token is multiplied with; the output head holds the others and stays.\n"
         )
     return "\n".join(lines)

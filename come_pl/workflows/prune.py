@@ -29,7 +29,7 @@ from come_pl.record import Meter, Record
 from come_pl.report.style import amount, number
 from come_pl.runs import RUN_FILE, Run, RunError, check_launcher, check_space, digest, read_run, target_depth
 from come_pl.surgery import check_scalable
-from come_pl.windows import check_readable
+from come_pl.windows import TokenWindows, check_readable
 from come_pl.workflows.card import licence_files, pruned_card
 from come_pl.workflows.report import ask, finish
 from come_pl.workflows.texts import EvaluationText, dense_of, evaluation_windows, measure
@@ -128,19 +128,11 @@ def prune(
         accelerated = device.type != "cpu"
         model = models.load_model(module.path, module.dtype_name, module.offload, scratch / "weights", accelerated)
         loading = meter.seconds
-        size = next(model.parameters()).element_size()
         layers = config.num_hidden_layers
-        bytes_left = models.parameter_count(model) * size
         between = range(target + 1, layers)
         saves = set(evaluation.at or between).intersection(between) if continue_saving else set()
-        needed = 1.1 * bytes_left * (1 + len(saves))
-        needed += size * shapes.layer_parameters * _written(chosen, refit, layers, target)
-        if module.offload == "disk" or retires(chosen, refit):  # new layers, or dense ones: at most all
-            needed += bytes_left
-        if module.cache != "none":  # streams of the dense model and of the pruned one
-            streams = 2 * size * windows.input_ids.numel() * config.hidden_size * (layers + 1)
-            needed += max(0.0, streams - module.cache_gib * 2**30)
-        check_space(output, needed / 2**30)
+        needed = _bytes_needed(module, Decoder(model), chosen, refit, target, windows.input_ids.numel())
+        check_space(output, (needed + 1.1 * _bytes(model) * (1 + len(saves))) / 2**30)
 
         record_file = output / "record.jsonl"
         begun = run.resumed and record_file.is_file()
@@ -155,12 +147,8 @@ def prune(
         if main:
             if continue_saving and refit.ends:
                 print("--continue_saving: repairs come at the end; models of depths on the way are saved without them")
-            if skipped := sorted(set(evaluation.at) - on_the_way.intersection(between) - {target}):
-                if not set(skipped).intersection(between):
-                    why = f"depths on the way are {target + 1} to {layers - 1}"
-                else:
-                    why = "repairs come at the end" if refit.ends else f"{name} plans for the last depth"
-                print(f"--evaluation.at: {', '.join(map(str, skipped))} not measured: {why}")
+            why = "repairs come at the end" if refit.ends else f"{name} plans for the last depth"
+            _tell_skipped(set(evaluation.at) - on_the_way.intersection(between) - {target}, between, why)
             if run.resumed and record.steps:
                 print(f"going on from step {len(record.steps)}: {record.layers} of {layers} layers left")
             run.update(
@@ -184,15 +172,7 @@ def prune(
                 target_layers=target,
                 seed=seed,
             )
-        if main:
-            meter, before = Meter(device), run.info.get("perplexity")
-            if before is None and evaluation.dense_from is not None:
-                before = dense_of(evaluation.dense_from, run.info["model"])
-            known = measure(model, texts, "dense", before, device)
-            if known != run.info.get("perplexity"):  # the first time, or another text than before it was cut off
-                seconds = {"load": round(loading, 2), "dense_perplexity": round(meter.seconds, 2)}
-                run.info.pop("depths", None)
-                run.update(perplexity=known, seconds=seconds)
+            _measure_dense(run, model, texts, evaluation, device, loading)
         module.attach(model, record, needs=chosen.needs, span=chosen.span, scratch=scratch / "streams")
 
         def save(folder: Path, pruned: dict[str, Any] | None) -> None:
@@ -210,16 +190,9 @@ def prune(
                 run.update(depths=depths | {str(record.layers): {"perplexity": found} | costs(record)})
 
         if record.layers > target:
-            if not trainer.loggers:
-                trainer.loggers = default_loggers(output)
-            for step in record.steps:  # the CSV logger begins a new file
-                log_step(trainer, step)
             if main and record.steps:
                 after_step(module)  # if it was killed between a step and its model
-            trainer.callbacks.append(ProgressivePruning(chosen, target, after_step, refit))  # type: ignore[attr-defined]
-            bars = [PruningBar() if isinstance(c, ProgressBar) else c for c in trainer.callbacks]  # type: ignore[attr-defined]
-            trainer.callbacks = bars  # type: ignore[attr-defined]
-            trainer.fit(module, datamodule=data)
+            _fit(trainer, module, data, ProgressivePruning(chosen, target, after_step, refit), output)
         if not main:
             return None
         if record.layers > target:
@@ -259,6 +232,66 @@ def prune(
         print(summary(run.info))
         print(f"written to {output}")
         return output
+
+
+def _bytes(model: Any) -> int:
+    """Of a model's weights."""
+    return models.parameter_count(model) * next(model.parameters()).element_size()
+
+
+def _bytes_needed(
+    module: PruningModule, dense: Decoder, chosen: Method, refit: Refit, target: int, tokens: int
+) -> float:
+    """Of disk, at most, for what steps write and for what is not kept in memory; models that are saved come on top."""
+    size, layers = next(dense.model.parameters()).element_size(), len(dense)
+    needed: float = size * dense.layer_parameters * _written(chosen, refit, layers, target)
+    if module.offload == "disk" or retires(chosen, refit):  # new layers, or dense ones: at most all
+        needed += _bytes(dense.model)
+    if module.cache != "none":  # streams of the dense model and of the pruned one
+        streams = 2 * size * tokens * dense.geometry.hidden * (layers + 1)
+        needed += max(0.0, streams - module.cache_gib * 2**30)
+    return needed
+
+
+def _tell_skipped(skipped: set[int], between: range, why: str) -> None:
+    """Which depths of --evaluation.at are not measured. `why`: for those that are on the way."""
+    if skipped:
+        if not skipped.intersection(between):
+            why = f"depths on the way are {between.start} to {between.stop - 1}"
+        print(f"--evaluation.at: {', '.join(map(str, sorted(skipped)))} not measured: {why}")
+
+
+def _measure_dense(
+    run: Run,
+    model: Any,
+    texts: Mapping[str, TokenWindows],
+    evaluation: EvaluationText,
+    device: torch.device,
+    loading: float,
+) -> None:
+    """The dense model's perplexity, as far as the run or another that measured it does not know it; `loading`: seconds
+    that the model took."""
+    meter, before = Meter(device), run.info.get("perplexity")
+    if before is None and evaluation.dense_from is not None:
+        before = dense_of(evaluation.dense_from, run.info["model"])
+    known = measure(model, texts, "dense", before, device)
+    if known != run.info.get("perplexity"):  # the first time, or another text than before it was cut off
+        seconds = {"load": round(loading, 2), "dense_perplexity": round(meter.seconds, 2)}
+        run.info.pop("depths", None)
+        run.update(perplexity=known, seconds=seconds)
+
+
+def _fit(
+    trainer: Trainer, module: PruningModule, data: CalibrationData, pruning: ProgressivePruning, output: Path
+) -> None:
+    """The loop, from the step after the last one of the module's record."""
+    if not trainer.loggers:
+        trainer.loggers = default_loggers(output)
+    for step in module.record.steps:  # the CSV logger begins a new file
+        log_step(trainer, step)
+    callbacks = [*trainer.callbacks, pruning]  # type: ignore[attr-defined]
+    trainer.callbacks = [PruningBar() if isinstance(c, ProgressBar) else c for c in callbacks]  # type: ignore[attr-defined]
+    trainer.fit(module, datamodule=data)
 
 
 def costs(record: Record) -> dict[str, float]:
