@@ -188,6 +188,48 @@ def test_the_dense_model_does_not_run_again_for_its_streams(cache: Any) -> None:
     assert not torch.equal(module.stream(0, 3), before[3])
 
 
+@pytest.mark.parametrize("cache", ["ram", "disk"])
+@pytest.mark.parametrize("sweep", [1, 2])
+@pytest.mark.parametrize("kind", ["drop", "merge", "scaled"])
+def test_the_last_pass_keeps_little_and_loses_nothing(
+    kind: str, sweep: int, cache: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streams below the layer that a repair has come to are not kept; repaired weights and streams are the same."""
+    found = []
+    for all_kept in (True, False):
+        model, module, record = tiny_model("llama", layers=6), PruningModule(monitor=1, cache=cache), Record(6)
+        ids = tiny_ids(windows=8, seq=12)
+        module.attach(model, record, needs={"streams"})
+        module.keeps_dense, module.pass_windows = True, 4
+        if all_kept:
+            monkeypatch.setattr(module, "keep_only", lambda *_: None)
+        for batch in range(2):
+            part = ids[4 * batch : 4 * batch + 4]
+            module.training_step({"input_ids": part, "mask": torch.ones_like(part, dtype=torch.bool)}, batch)
+        [*_, step] = steps_of(kind, module.student.geometry.kv_heads)
+        module.do(step)
+        record.append(step)
+        Refit("all", "end", last=2, sweep=sweep).after(module, step, record, last=True)
+        with torch.inference_mode():
+            found.append((step.weights, [module.monitor(), *(module._valid)]))
+        depth = len(module.student)
+        held = [sorted(block.held) for block in module._states if block]
+        dense = [min(block.held) for block in module._teacher_states.values()]
+        # below the last layers, which have changed, nothing; the dense model from the lowest layer that has
+        assert len(held) == 2 and (min(map(len, held)) > 3 if all_kept else held == 2 * [[depth - 2, depth]])
+        lowest = next(group[0] for group in record.groups if len(group) > 1)
+        assert max(dense) == (0 if all_kept or sweep > 1 else lowest)
+        for batch in range(2):
+            inputs = module.batches[batch]["input_ids"], None
+            for boundary in range(depth + 1):
+                assert torch.equal(module.stream(batch, boundary), stream_at(module.student, boundary, *inputs))
+            for boundary in range(7):
+                assert torch.equal(module.teacher_stream(batch, boundary), stream_at(module.teacher, boundary, *inputs))
+    (kept, numbers), (alone, others) = found
+    assert kept and kept.keys() == alone.keys() and all(torch.equal(value, alone[name]) for name, value in kept.items())
+    assert numbers == others
+
+
 def test_the_lowest_layer_that_a_step_changes() -> None:
     assert lowest_changed(Step("drop", [3])) == 3
     assert lowest_changed(Step("drop", [3], weights={"1.mlp.down_proj.weight": torch.zeros(1)})) == 1

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from come_pl.decoder import Geometry
+from come_pl.decoder import Decoder, Geometry
 from come_pl.offload import present, stored
 from come_pl.pruning import final_norm, head
 from come_pl.pruning.batches import inputs_of
@@ -63,12 +63,21 @@ def affordable(geometry: Geometry, offloaded: bool = False) -> int:
     return 1 if offloaded else max(1, min(LAYERS, int(MOST_GIB * 2**30 / held)))
 
 
+def _counted(student: Decoder, layers: int | Literal["auto"]) -> int:
+    return affordable(student.geometry) if layers == "auto" else layers
+
+
+def lowest(student: Decoder, layers: int | Literal["auto"]) -> int:
+    """The first of so many last layers."""
+    return max(len(student) - _counted(student, layers), 0)
+
+
 def repaired_head(module: PruningModule, folds: int, layers: int | Literal["auto"]) -> dict[str, Tensor]:
     """What goes by predictions: the final norm's gains (`final_norm.py`), then this for so many layers. The student has
     the new weights, and they are returned by the names of `surgery.set_weights`."""
     new: dict[str, Tensor] = {}
     student = module.student
-    layers = affordable(student.geometry) if layers == "auto" else layers
+    layers = _counted(student, layers)
     gains = final_norm.gains(module, folds)
     if gains is not None:
         new |= set_weights(student, {f"{FINAL_NORM}.weight": gains})
@@ -91,7 +100,7 @@ def projections(module: PruningModule, folds: int, layers: int, tokens: int = TO
     student = module.student
     if not head.predictable(module) or not student.family.linear_outputs:
         return {}
-    last = _Last(module, min(layers, len(student)))
+    last = _Last(module, layers)
     seen, unseen = _windows(module, folds, tokens, last.lowest)
     if not _everywhere(module, seen, unseen):  # of few windows chance may have left out all of one kind
         seen, unseen = _windows(module, folds, math.inf, last.lowest)
@@ -220,7 +229,7 @@ class _Last:
 
     def __init__(self, module: PruningModule, layers: int):
         self.module, self.student = module, module.student
-        self.lowest = len(self.student) - layers
+        self.lowest = lowest(self.student, layers)
         self.in_memory = not stored(self.student.model)
         family = self.student.family
         self.parts: dict[str, nn.Linear] = {

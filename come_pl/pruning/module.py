@@ -184,7 +184,7 @@ class PruningModule(CalibrationStates):
             for boundary in range(start + 1 if start else 0, stop + 1):
                 kept[boundary] = found[boundary]
             lowest = max(start + 1 - self.span, 0)  # where a span that ends above `start` begins
-            found |= {b: self._back(kept, b) for b in range(lowest, start)}
+            found |= {b: self.stream(batch_idx, b) for b in range(lowest, start)}
         if self.needs - {"streams"}:
             self.statistics.update(found, mask, start, stop, functools.partial(self.sites.seen, batch_idx))
         if kept is not None:

@@ -190,8 +190,11 @@ class Refit:
         if last:
             gaps = self.gaps_ahead(record)
             lowest = min([next(i for i, group in enumerate(record.groups) if len(group) > 1), *gaps])
+            read_again = {last_layers.lowest(module.student, self.last)} if self.final else set()
             for sweep in range(self.sweeps):
                 module.changed_from(lowest)
+                if sweep + 1 == self.sweeps:
+                    module.keep_only(read_again, lowest)
                 module.reach(lowest)
                 layers = range(lowest, len(module.student))
                 for layer in tqdm(layers, "repairing", leave=False, unit="layer", disable=module.global_rank > 0):

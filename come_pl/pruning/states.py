@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ class CalibrationStates(CalibrationBatches):
         self._states: list[Block | None] = []  # of each batch
         self._valid: list[int] = []  # of each: its highest boundary that is the student's as it is
         self._teacher_states: dict[int, Block] = {}  # the same of the teacher, once something asks for them
+        self._alone: frozenset[int] | None = None  # see `keep_only`; without it all
+        self._teacher_from = 0
         # of a pass that keeps them: (batch, layer) → the input of down_proj (batch, seq, channels)
         self.mlp_channels: dict[tuple[int, int], Tensor] = {}
         # to this boundary the student's streams are the dense model's
@@ -73,7 +76,12 @@ class CalibrationStates(CalibrationBatches):
 
     def _start(self, batch_idx: int) -> int:
         """The lowest layer that a batch has to run."""
-        return 0 if self._states[batch_idx] is None else max(self._valid[batch_idx], 0)
+        return max(self._known(batch_idx, len(self.student)), 0)
+
+    def _known(self, batch_idx: int, boundary: int) -> int:
+        """The highest boundary up to this one at which a batch's stream is kept, and is the student's; −1: none."""
+        kept, valid = self._states[batch_idx], self._valid[batch_idx]
+        return -1 if kept is None else max((b for b in kept.held if b <= min(boundary, valid)), default=-1)
 
     def _block(self, decoder: Decoder, batch: dict[str, Any]) -> Block | None:
         """Room for the streams of a batch; None where nothing is kept."""
@@ -88,12 +96,11 @@ class CalibrationStates(CalibrationBatches):
     @torch.inference_mode()
     def stream(self, batch_idx: int, boundary: int) -> Tensor:
         """The student's stream (batch, seq, hidden) before layer `boundary`, of one batch of `batches`."""
-        kept, valid = self._states[batch_idx], self._valid[batch_idx]
-        if kept is not None and boundary <= valid:
-            return self._back(kept, boundary)
-        start, hidden = 0, None
-        if kept is not None and valid > 0:
-            start, hidden = valid, self._back(kept, valid)
+        kept, known = self._states[batch_idx], self._known(batch_idx, boundary)
+        hidden = None if kept is None or known < 0 else self._back(kept, known)
+        if known == boundary and hidden is not None:
+            return hidden
+        start, hidden = (known, hidden) if known > 0 else (0, None)
         return stream_at(self.student, boundary, *inputs_of(self.batches[batch_idx]), start=start, hidden=hidden)
 
     def reads(self, batch_idx: int, layer: int, path: str) -> Tensor:
@@ -108,15 +115,17 @@ class CalibrationStates(CalibrationBatches):
         if self.cache == "none":
             return stream_at(self.teacher, boundary, *inputs_of(self.batches[batch_idx]))
         own = self._states[batch_idx]
-        if own is not None and boundary <= min(self._valid[batch_idx], self._shared):
+        if own is not None and boundary <= self._shared and self._known(batch_idx, boundary) == boundary:
             return self._back(own, boundary)
         kept = self._teacher_states.get(batch_idx)
         if kept is None:
             kept = self._block(self.teacher, self.batches[batch_idx])
             assert kept is not None
-            with boundaries(self.teacher, into=kept):
+            with boundaries(self.teacher, self._teacher_from, into=kept):
                 self.teacher.run(*inputs_of(self.batches[batch_idx]))
             self._teacher_states[batch_idx] = kept
+        if boundary not in kept.held:
+            return stream_at(self.teacher, boundary, *inputs_of(self.batches[batch_idx]))
         return self._back(kept, boundary)
 
     def hand_over(self, lowest: int) -> None:
@@ -142,20 +151,29 @@ class CalibrationStates(CalibrationBatches):
         self._shared = min(self._shared, lowest)
         self._valid = [min(valid, lowest) for valid in self._valid]
 
+    def keep_only(self, wanted: Collection[int], lowest: int) -> None:
+        """For a last time through the layers, from `lowest` up: from here on the student's streams are kept where they
+        have come to and at these boundaries, the dense model's from `lowest` on; what else is asked for is computed."""
+        self._alone, self._teacher_from = frozenset(wanted), lowest
+        for kept, valid in zip(self._states, self._valid, strict=True):
+            for boundary in [] if kept is None else sorted(kept.held):
+                if boundary > valid or boundary < valid and boundary not in self._alone:
+                    kept.drop(boundary)
+
     @torch.inference_mode()
     def reach(self, boundary: int) -> None:
         """Make the student's streams of all windows valid up to a boundary."""
         if self.cache == "none":
             return
-        self.pass_windows = None
+        self.pass_windows, first = None, max(min(boundary, self._shared), 0)
         for index, batch in enumerate(self.batches):
-            if self._states[index] is None or self._valid[index] < 0:
+            if self._states[index] is None or self._valid[index] < first:
                 own = self._shared < 0
-                embedded = stream_at(self.student, 0, *inputs_of(batch)) if own else self.teacher_stream(index, 0)
+                shared = stream_at(self.student, 0, *inputs_of(batch)) if own else self.teacher_stream(index, first)
                 store = self._states[index] = self._states[index] or self._block(self.student, batch)
                 assert store is not None
-                store[0] = embedded
-                self._valid[index] = 0
+                store[first] = shared
+                self._valid[index] = first
         for layer in range(self.start, boundary):
             self.advance(layer)
 
@@ -166,11 +184,10 @@ class CalibrationStates(CalibrationBatches):
             return
         for index, store in enumerate(self._states):
             assert store is not None and self._valid[index] >= layer, "streams are advanced from below"
-            if layer < self._shared:
-                store[layer + 1] = self.teacher_stream(index, layer + 1)
-            else:
-                inputs, hidden = inputs_of(self.batches[index]), self._back(store, layer)
-                with self.inputs.used(self.student, layer, index):
-                    store[layer + 1] = stream_at(self.student, layer + 1, *inputs, start=layer, hidden=hidden)
+            inputs, hidden = inputs_of(self.batches[index]), self.stream(index, layer)
+            with self.inputs.used(self.student, layer, index):
+                store[layer + 1] = stream_at(self.student, layer + 1, *inputs, start=layer, hidden=hidden)
             self._valid[index] = layer + 1
+            if self._alone is not None and layer not in self._alone and layer in store.held:
+                store.drop(layer)
         self.inputs.begin(None)

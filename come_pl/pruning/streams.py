@@ -7,7 +7,9 @@ glibc); in a file one boundary after another.
 
 from __future__ import annotations
 
+import heapq
 import math
+from collections.abc import Collection
 from typing import Literal
 
 import torch
@@ -19,17 +21,30 @@ Cache = Literal["ram", "disk", "none"]
 
 
 class Block:
-    """The streams (batch, seq, hidden) of one batch at each boundary, in memory."""
+    """The streams (batch, seq, hidden) of one batch at some boundaries, in memory."""
 
     def __init__(self, boundaries: int, like: Tensor):
         self.kept = torch.empty((boundaries, *like.shape), dtype=like.dtype, device="cpu")
+        self._places: dict[int, int] = {}
+        self._free = list(range(boundaries))  # the system gives memory to those that were used
+
+    @property
+    def held(self) -> Collection[int]:
+        """Boundaries that have been set."""
+        return self._places.keys()
 
     def __setitem__(self, boundary: int, stream: Tensor) -> None:
-        self.kept[boundary].copy_(stream)
+        if boundary not in self._places:
+            self._places[boundary] = heapq.heappop(self._free)
+        self.kept[self._places[boundary]].copy_(stream)
 
     def __getitem__(self, boundary: int) -> Tensor:
-        """On the CPU; setting it again may change what was got."""
-        return self.kept[boundary]
+        """On the CPU; setting it again, or another once it is dropped, may change what was got."""
+        return self.kept[self._places[boundary]]
+
+    def drop(self, boundary: int) -> None:
+        """Make room for another."""
+        heapq.heappush(self._free, self._places.pop(boundary))
 
 
 class FileBlock(Block):
@@ -37,20 +52,29 @@ class FileBlock(Block):
 
     def __init__(self, boundaries: int, like: Tensor, scratch: Scratch):
         self.shape, self.dtype, self.size = like.shape, like.dtype, like.nbytes
+        self._written: set[int] = set()
         self.file = scratch.file(self)
         with open(self.file, "wb") as opened:
             opened.truncate(boundaries * self.size)
+
+    @property
+    def held(self) -> Collection[int]:
+        return self._written
 
     def __setitem__(self, boundary: int, stream: Tensor) -> None:
         assert stream.dtype == self.dtype, "streams are in the model's dtype"
         with open(self.file, "r+b") as opened:
             opened.seek(boundary * self.size)
             opened.write(raw(stream.detach().cpu().contiguous()))
+        self._written.add(boundary)
 
     def __getitem__(self, boundary: int) -> Tensor:
         stream = torch.empty(self.shape, dtype=self.dtype)
         read_into(stream, self.file, boundary * self.size)
         return stream
+
+    def drop(self, boundary: int) -> None:
+        self._written.remove(boundary)
 
 
 class Streams:
