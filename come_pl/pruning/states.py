@@ -156,8 +156,9 @@ class CalibrationStates(CalibrationBatches):
         have come to and at these boundaries, the dense model's from `lowest` on; what else is asked for is computed."""
         self._alone, self._teacher_from = frozenset(wanted), lowest
         for kept, valid in zip(self._states, self._valid, strict=True):
-            for boundary in [] if kept is None else sorted(kept.held):
-                if boundary > valid or boundary < valid and boundary not in self._alone:
+            if kept is not None:
+                lower = {boundary for boundary in self._alone if boundary < valid}
+                for boundary in set(kept.held) - lower - {valid}:
                     kept.drop(boundary)
 
     @torch.inference_mode()
