@@ -149,13 +149,19 @@ class NormalEquations:
         change = self._change(self.a.sum(0), self.b.sum(0), strength)
         return None if change is None else rounded_change(change)[:, : change.shape[1] - self.bias].float()
 
-    def _unseen_error(self, strength: float, fold: int, a: Tensor, b: Tensor) -> float:
-        """The error in a fold of the fit to the others. In fp32, which is enough to compare strengths and is faster."""
+    def _unseen_error(self, fold: int, a: Tensor, b: Tensor) -> Callable[[float], float]:
+        """λ → the error in a fold of the fit to the others, of the sums of all. In fp32, which is enough to compare
+        strengths and is faster."""
         own_a, own_b = self.a[fold].float(), self.b[fold].float()
-        change = self._change((a - self.a[fold]).float(), (b - self.b[fold]).float(), strength)
-        if change is None:
-            return math.inf
-        return float(self.c[fold] + ((change @ own_a - 2 * own_b) * change).sum(dtype=torch.float64))
+        other_a, other_b = (a - self.a[fold]).float(), (b - self.b[fold]).float()
+
+        def error(strength: float) -> float:
+            change = self._change(other_a, other_b, strength)
+            if change is None:
+                return math.inf
+            return float(self.c[fold] + ((change @ own_a - 2 * own_b) * change).sum(dtype=torch.float64))
+
+        return error
 
     def solve(self, guess: float | None = None, grid: Sequence[float] = GRID) -> Fit | None:
         """The best fit; None where no strength does better on unseen folds than no change at all, and where sums are
@@ -172,8 +178,12 @@ class NormalEquations:
         begin = min(range(len(grid)), key=lambda i: abs(math.log(grid[i] / (guess or 0.1))))
 
         @functools.cache
+        def unseen(fold: int) -> Callable[[float], float]:
+            return self._unseen_error(fold, a, b)
+
+        @functools.cache
         def error(index: int, fold: int) -> float:
-            return self._unseen_error(grid[index], fold, a, b)
+            return unseen(fold)(grid[index])
 
         def best(folds: Sequence[int]) -> int:
             return walked(lambda index: sum(error(index, fold) for fold in folds), begin, len(grid), 1 if guess else 2)
@@ -202,8 +212,11 @@ def token_weights(target: Tensor, mask: Tensor, weighting: Weighting) -> Tensor:
 
 
 def add_outer(total: Tensor, rows: Tensor) -> None:
-    """Adds Σ x xᵀ of rows x (tokens, width), summed in their dtype, to the upper half of `total` (width, width): what
-    is below the diagonal is the same, and `mirror` fills it in at the end."""
+    """Adds Σ x xᵀ of rows x (tokens, width), summed in their dtype or autocast's, to the upper half of `total` (width,
+    width): what is below the diagonal is the same, and `mirror` fills it in at the end."""
+    device = rows.device.type
+    if torch.is_autocast_enabled(device):  # once, not for each block
+        rows = rows.to(torch.get_autocast_dtype(device))
     for begin in range(0, rows.shape[1], BLOCK):
         total[begin : begin + BLOCK, begin:] += rows[:, begin : begin + BLOCK].T @ rows[:, begin:]
 
