@@ -117,15 +117,18 @@ class CalibrationStates(CalibrationBatches):
         own = self._states[batch_idx]
         if own is not None and boundary <= self._shared and self._known(batch_idx, boundary) == boundary:
             return self._back(own, boundary)
-        kept = self._teacher_states.get(batch_idx)
-        if kept is None:
-            kept = self._block(self.teacher, self.batches[batch_idx])
-            assert kept is not None
-            with boundaries(self.teacher, self._teacher_from, into=kept):
-                self.teacher.run(*inputs_of(self.batches[batch_idx]))
-            self._teacher_states[batch_idx] = kept
-        if boundary not in kept.held:
-            return stream_at(self.teacher, boundary, *inputs_of(self.batches[batch_idx]))
+        kept = self._teacher_states.get(batch_idx) or self._block(self.teacher, self.batches[batch_idx])
+        assert kept is not None
+        self._teacher_states[batch_idx] = kept
+        if boundary not in kept.held:  # runs no further than is asked for: the next call goes on from there
+            inputs, start = inputs_of(self.batches[batch_idx]), max((b for b in kept.held if b < boundary), default=0)
+            hidden = self._back(kept, start) if start else None
+            if boundary == 0:
+                kept[0] = stream_at(self.teacher, 0, *inputs)
+            else:
+                first = max(start + 1 if start else 0, self._teacher_from)
+                with boundaries(self.teacher, min(first, boundary), kept, boundary):
+                    self.teacher.run(*inputs, start=start, hidden=hidden, stop=boundary)
         return self._back(kept, boundary)
 
     def hand_over(self, lowest: int) -> None:
@@ -153,7 +156,8 @@ class CalibrationStates(CalibrationBatches):
 
     def keep_only(self, wanted: Collection[int], lowest: int) -> None:
         """For a last time through the layers, from `lowest` up: from here on the student's streams are kept where they
-        have come to and at these boundaries, the dense model's from `lowest` on; what else is asked for is computed."""
+        have come to and at these boundaries, the dense model's from there on, no further than they have been asked for;
+        what else is asked for is computed."""
         self._alone, self._teacher_from = frozenset(wanted), lowest
         for kept, valid in zip(self._states, self._valid, strict=True):
             if kept is not None:
@@ -191,4 +195,9 @@ class CalibrationStates(CalibrationBatches):
             self._valid[index] = layer + 1
             if self._alone is not None and layer not in self._alone and layer in store.held:
                 store.drop(layer)
+        if self._alone is not None:
+            above = self.record.groups[layer + 1 :]
+            for kept in self._teacher_states.values():
+                for boundary in set(kept.held).intersection(range(above[0][0] if above else len(self.teacher))):
+                    kept.drop(boundary)
         self.inputs.begin(None)

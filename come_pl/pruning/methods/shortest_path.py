@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from come_pl import memory
 from come_pl.decoder import Family
 from come_pl.pruning import head
 from come_pl.pruning.batches import inputs_of
@@ -327,6 +328,7 @@ class ShortestPath(Planned):
         with tqdm(desc="choosing layers", unit="gap", leave=False, disable=module.global_rank > 0) as bar:
             found = self._plan(BridgedModel(module, self.windows, self.bridge, bar), depth, remove)
         module.mlp_channels.clear()
+        memory.give_back()  # several GiB, which a repair would leave in pieces
         return found
 
     def _plan(self, model: BridgedModel, depth: int, remove: int) -> Costs:
