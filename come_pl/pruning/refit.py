@@ -126,8 +126,6 @@ class Refit:
     def resolved(self, method: str, family: Family, affordable: int = last_layers.LAYERS) -> Refit:
         """What `best` and `auto` mean for a method and a family (`affordable`: for `last`); sweeps ask for refits."""
         parts, when, last = self.parts, self.when, self.last
-        if self.sweep:
-            check_family(family)
         if parts == "best":
             parts = "all" if family.linear_outputs else "none"
         if parts == "auto":
@@ -137,7 +135,7 @@ class Refit:
                 "--refit all leads what layers read back to the dense weights, and fusegpt has trained them; give "
                 "--refit both"
             )
-        if parts != "none":
+        if parts != "none" or self.sweep:
             check_family(family)
         if when == "auto":
             when = "step" if method == "come" else "end"
@@ -190,11 +188,10 @@ class Refit:
         if last:
             gaps = self.gaps_ahead(record)
             lowest = min([next(i for i, group in enumerate(record.groups) if len(group) > 1), *gaps])
-            read_again = {last_layers.lowest(module.student, self.last)} if self.final else set()
             for sweep in range(self.sweeps):
                 module.changed_from(lowest)
                 if sweep + 1 == self.sweeps:
-                    module.keep_only(read_again, lowest)
+                    module.keep_only({last_layers.lowest(module.student, self.last)} if self.final else (), lowest)
                 module.reach(lowest)
                 layers = range(lowest, len(module.student))
                 for layer in tqdm(layers, "repairing", leave=False, unit="layer", disable=module.global_rank > 0):
