@@ -209,6 +209,14 @@ def test_the_last_pass_keeps_little_and_loses_nothing(
         [*_, step] = steps_of(kind, module.student.geometry.kv_heads)
         module.do(step)
         record.append(step)
+        begins: list[int] = []  # of the dense model, in the batch that no pass has run
+
+        def advanced(layer: int, begins: list[int] = begins, module: PruningModule = module) -> None:
+            if 1 in module._teacher_states:
+                begins.append(min(module._teacher_states[1].held))
+            type(module).advance(module, layer)
+
+        monkeypatch.setattr(module, "advance", advanced)
         Refit("all", "end", last=2, sweep=sweep).after(module, step, record, last=True)
         with torch.inference_mode():
             found.append((step.weights, [module.monitor(), *(module._valid)]))
@@ -218,6 +226,8 @@ def test_the_last_pass_keeps_little_and_loses_nothing(
         # nothing below the last layers, which have changed, and of the dense model its end
         assert len(held) == 2 and (min(map(len, held)) > 3 if all_kept else held == 2 * [[depth - 2, depth]])
         assert dense == 2 * [[*range(7)] if all_kept else [6]]
+        lowest = next(group[0] for group in record.groups if len(group) > 1)
+        assert begins[0] == (0 if all_kept or sweep > 1 else lowest)
         for batch in range(2):
             inputs = module.batches[batch]["input_ids"], None
             for boundary in range(depth + 1):
