@@ -80,8 +80,8 @@ class CalibrationStates(CalibrationBatches):
 
     def _known(self, batch_idx: int, boundary: int) -> int:
         """The highest boundary up to this one at which a batch's stream is kept, and is the student's; −1: none."""
-        kept, valid = self._states[batch_idx], self._valid[batch_idx]
-        return -1 if kept is None else max((b for b in kept.held if b <= min(boundary, valid)), default=-1)
+        kept = self._states[batch_idx]
+        return -1 if kept is None else kept.up_to(min(boundary, self._valid[batch_idx]))
 
     def _block(self, decoder: Decoder, batch: dict[str, Any]) -> Block | None:
         """Room for the streams of a batch; None where nothing is kept."""
@@ -121,7 +121,7 @@ class CalibrationStates(CalibrationBatches):
         assert kept is not None
         self._teacher_states[batch_idx] = kept
         if boundary not in kept.held:  # runs no further than is asked for: the next call goes on from there
-            inputs, start = inputs_of(self.batches[batch_idx]), max((b for b in kept.held if b < boundary), default=0)
+            inputs, start = inputs_of(self.batches[batch_idx]), max(kept.up_to(boundary), 0)
             hidden = self._back(kept, start) if start else None
             if boundary == 0:
                 kept[0] = stream_at(self.teacher, 0, *inputs)

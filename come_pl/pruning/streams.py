@@ -33,6 +33,10 @@ class Block:
         """Boundaries that have been set."""
         return self._places.keys()
 
+    def up_to(self, boundary: int) -> int:
+        """The highest boundary up to this one that has been set; −1: none."""
+        return max((b for b in self.held if b <= boundary), default=-1)
+
     def __setitem__(self, boundary: int, stream: Tensor) -> None:
         if boundary not in self._places:
             self._places[boundary] = heapq.heappop(self._free)
