@@ -24,12 +24,14 @@ from torchmetrics import Metric
 
 from come_pl.decoder import Decoder
 
-# In half precision a head that is given few tokens spends its time on reading its weights; in fp32, which models that
-# hardly fit into memory are pruned in, it does not. Sums over a vocabulary are fastest in the processor's cache.
-LOGIT_CHUNK_BYTES = 16 * 2**20  # of fp32 logits held at once
-HALF_CHUNK_BYTES = 48 * 2**20  # of logits of each model in half precision
+# A head that is given few tokens spends its time on reading its weights, in half precision more so; in fp32 models that
+# hardly fit into memory are pruned. Sums over a vocabulary are fastest in a processor's own cache.
+LOGIT_CHUNK_BYTES = 24 * 2**20  # of fp32 logits of each model held at once
+HALF_CHUNK_BYTES = 48 * 2**20  # … in half precision
 ROWS = 128  # matrix products of a multiple of so many tokens are up to 1.5 times as fast as of others
-PRECISE_BYTES = 16 * 2**20  # of them in fp32
+PRECISE_BYTES = 16 * 2**20  # of them in fp32, while something is summed over them
+CACHED_BYTES = 4 * 2**20  # the same on a processor
+
 
 
 def _stream_of(args: tuple, kwargs: dict) -> Tensor:
@@ -328,16 +330,16 @@ def last_token(mask: Tensor) -> Tensor:
     return (positions * mask).argmax(1)
 
 
-def logit_rows(decoder: Decoder, models: int = 1) -> int:
-    """How many tokens' logits are held at once, of each of so many models."""
+def logit_rows(decoder: Decoder) -> int:
+    """How many tokens' logits are held at once, of each model."""
     weight = decoder.model.get_output_embeddings().weight
-    limit = LOGIT_CHUNK_BYTES // models if weight.dtype.itemsize > 2 else HALF_CHUNK_BYTES
+    limit = LOGIT_CHUNK_BYTES if weight.dtype.itemsize > 2 else HALF_CHUNK_BYTES
     rows = limit // (weight.dtype.itemsize * weight.shape[0])
     return max(1, rows // ROWS * ROWS or rows)
 
 
-def _chunks(decoder: Decoder, batch: int, seq: int, models: int = 1) -> Iterator[slice]:
-    size = max(1, logit_rows(decoder, models) // batch)
+def _chunks(decoder: Decoder, batch: int, seq: int) -> Iterator[slice]:
+    size = max(1, logit_rows(decoder) // batch)
     for begin in range(0, seq, size):
         yield slice(begin, min(begin + size, seq))
 
@@ -348,7 +350,8 @@ def _in_slices(function: Callable[..., Any], *tensors: Tensor) -> list[Any]:
     Args:
         tensors: (batch, seq, vocab) or (batch, seq).
     """
-    size = max(1, PRECISE_BYTES // (4 * tensors[0].shape[-1]))
+    held = CACHED_BYTES if tensors[0].device.type == "cpu" else PRECISE_BYTES
+    size = max(1, held // (4 * tensors[0].shape[-1]))
     parts = [tensor.flatten(0, 1).split(size) for tensor in tensors]
     return [function(*(p.float() if p.dim() == 2 else p for p in each)) for each in zip(*parts, strict=True)]
 
@@ -392,7 +395,7 @@ def losses_and_divergences(
     batch, seq = hidden.shape[:2]
     following = F.pad(input_ids[:, 1:], (0, 1))
     found = []
-    for part in _chunks(student, batch, seq, models=2):
+    for part in _chunks(student, batch, seq):
         logits = student.logits(hidden[:, part]), teacher.logits(teacher_hidden[:, part])
         both = torch.cat(_in_slices(sliced, *logits, following[:, part]), 1)
         found.append(both.view(2, batch, -1))

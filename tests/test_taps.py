@@ -374,7 +374,7 @@ def test_half_precision_has_chunks_of_its_own(monkeypatch: pytest.MonkeyPatch):
         hidden = decoder.run(ids)
         whole = taps.token_losses(decoder, hidden, ids, mask)
         monkeypatch.setattr(taps, "HALF_CHUNK_BYTES", 2 * VOCABULARY * len(ids) * 2)
-        monkeypatch.setattr(taps, "PRECISE_BYTES", 4 * VOCABULARY * 3)  # slices of three rows
+        monkeypatch.setattr(taps, "CACHED_BYTES", 4 * VOCABULARY * 3)  # slices of three rows
         sizes: list[int] = []
         decoder.model.lm_head.register_forward_hook(lambda m, args, out: sizes.append(out.shape[0] // len(ids)))
         torch.testing.assert_close(taps.token_losses(decoder, hidden, ids, mask), whole, rtol=1e-2, atol=1e-3)

@@ -127,7 +127,7 @@ class Divergence:
 
 def _rows(decoder: Decoder) -> int:
     """How many tokens' logits are held at once: these go through the head twice, where few rows are slow."""
-    return max(ROWS, logit_rows(decoder, 2))
+    return max(ROWS, logit_rows(decoder))
 
 
 def expected(weight: Tensor, logits: Tensor) -> Tensor:
