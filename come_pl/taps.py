@@ -33,7 +33,6 @@ PRECISE_BYTES = 16 * 2**20  # of them in fp32, while something is summed over th
 CACHED_BYTES = 4 * 2**20  # the same on a processor
 
 
-
 def _stream_of(args: tuple, kwargs: dict) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
