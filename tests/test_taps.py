@@ -377,8 +377,16 @@ def test_half_precision_has_chunks_of_its_own(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(taps, "CACHED_BYTES", 4 * VOCABULARY * 3)  # slices of three rows
         sizes: list[int] = []
         decoder.model.lm_head.register_forward_hook(lambda m, args, out: sizes.append(out.shape[0] // len(ids)))
+        slices: list[int] = []
+
+        def cross_entropy(logits: torch.Tensor, *args: torch.Tensor, of: Any = F.cross_entropy, **how: Any) -> Any:
+            slices.append(len(logits))
+            return of(logits, *args, **how)
+
+        monkeypatch.setattr(taps.F, "cross_entropy", cross_entropy)
         torch.testing.assert_close(taps.token_losses(decoder, hidden, ids, mask), whole, rtol=1e-2, atol=1e-3)
     assert set(sizes[:-1]) == {2} and sizes[-1] <= 2
+    assert max(slices) == 3
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
