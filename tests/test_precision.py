@@ -96,6 +96,23 @@ def test_at_the_head_derivatives_are_mixed_and_losses_are_not(monkeypatch: pytes
             assert 1e-5 < float((got - value).norm() / value.norm()) < 0.05, (name, value.shape)
 
 
+def test_a_head_is_cast_once_for_all_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, _, _ = ready("llama", Step("drop", [2]))
+    module.student_model.requires_grad_(False)
+    module.student.products = module.teacher.products = HALF
+    last, casts = last_layers._Last(module, 2), list[Any]()
+    begin = head.Expected.__init__
+    monkeypatch.setattr(head.Expected, "__init__", lambda *given: casts.append(given) or begin(*given))
+    final_norm._positions(module, 4, 10**6)
+    assert len(casts) == 1
+    seen, _ = last_layers._windows(module, 4, 10**6, last.lowest)
+    assert len(casts) == 2 and len(seen) > 1
+    last.derivatives(seen, torch.zeros(sum(last.sizes)), True)
+    assert len(casts) == 3
+    tied = casts[-1][0]
+    assert tied.head.dtype == HALF and tied.weight is tied.head
+
+
 @pytest.mark.parametrize("products", [None, HALF])
 def test_sums_of_a_regression_are_of_products_in_that_precision(
     products: torch.dtype | None, monkeypatch: pytest.MonkeyPatch

@@ -96,7 +96,7 @@ def _positions(module: PruningModule, folds: int, least: int) -> tuple[Positions
     """(what is fitted to, what is not), of all processes, window after window: they exchange the tokens, and each
     solves the whole problem, so that what comes out does not depend on how many there are."""
     stride, left_out = max(1, math.floor(module.targets() / least)), module.unseen_fold(folds)
-    found: list[tuple[Tensor, ...]] = []  # of each window, filled up to as many rows as any has
+    found: list[tuple[Tensor, Tensor, Tensor, int, int]] = []  # of each window
     for number, batch in enumerate(module.batches):
         counted = targets_of(batch["mask"])
         picked = counted & ((counted.cumsum(1) - 1) % stride == 0)
@@ -104,13 +104,17 @@ def _positions(module: PruningModule, folds: int, least: int) -> tuple[Positions
         dense = module.teacher.final_norm(module.teacher_stream(number, len(module.teacher)))
         for window, fold in enumerate(folds_of(batch, folds)):
             rows = picked[window].nonzero().squeeze(1)
+            room = -(-counted.shape[1] // stride) - len(rows)  # to as many rows as any has
             following = batch["input_ids"][window, 1:][rows]
-            y = head.targets(module, dense[window, rows], following)
-            group = torch.full_like(following, int(fold == left_out))
-            room = -(-counted.shape[1] // stride) - len(rows)
-            filled = [F.pad(value, (0, 0, 0, room)) for value in (y, u[window, rows].float())]
-            found.append((*filled, F.pad(following, (0, room)), F.pad(group, (0, room), value=-1)))
-    y, u, following, group = (_gathered(module, torch.stack(values)) for values in zip(*found, strict=True))
+            found.append((dense[window, rows], u[window, rows].float(), following, int(fold == left_out), room))
+    targets, own = head.targets(module), [each[2] for each in found]
+    whole = targets(torch.cat([each[0] for each in found]), torch.cat(own)).split([len(rows) for rows in own])
+    filled = []
+    for y, (_, u, following, fold, room) in zip(whole, found, strict=True):
+        groups = torch.full_like(following, fold)
+        states = [F.pad(value, (0, 0, 0, room)) for value in (y, u)]
+        filled.append((*states, F.pad(following, (0, room)), F.pad(groups, (0, room), value=-1)))
+    y, u, following, group = (_gathered(module, torch.stack(values)) for values in zip(*filled, strict=True))
     seen, unseen = (Positions(y[group == which], following[group == which], u[group == which]) for which in (0, 1))
     return seen, unseen
 
@@ -143,7 +147,7 @@ def _loss(module: PruningModule, at: Positions, factor: Tensor) -> float:
 def _derivatives(module: PruningModule, at: Positions, factor: Tensor) -> tuple[Tensor, Tensor]:
     """(gradient (hidden,), F (hidden, hidden)), means over the tokens, fp64."""
     weight = module.student.model.get_output_embeddings().weight
-    expected = head.expected_by(module.student, _states(module, at, factor)(slice(None)), weight)
+    expected = head.Expected(module.student, weight)(_states(module, at, factor)(slice(None)))
     own = at.u * (expected - weight[at.following].float())
     gradient = (at.u * (expected - at.y)).sum(0, dtype=torch.float64)
     return gradient / len(at), (own.T @ own).double() / len(at)

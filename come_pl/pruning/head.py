@@ -49,11 +49,11 @@ def predictable(module: PruningModule) -> bool:
     return getattr(module.student.config, "final_logit_softcapping", None) is None
 
 
-def targets(module: PruningModule, dense: Tensor, following: Tensor) -> Tensor:
-    """y (tokens, hidden) of tokens with these final states (tokens, hidden) of the teacher, after its norm, and next
-    tokens (tokens,)."""
+def targets(module: PruningModule) -> Callable[[Tensor, Tensor], Tensor]:
+    """(final states of the teacher, after its norm (tokens, hidden), next tokens (tokens,)) → y (tokens, hidden)."""
     weight = module.student.model.get_output_embeddings().weight
-    return 0.5 * expected_by(module.teacher, dense, weight) + 0.5 * weight[following].float()
+    by_teacher = Expected(module.teacher, weight)
+    return lambda dense, following: 0.5 * by_teacher(dense) + 0.5 * weight[following].float()
 
 
 def newton(
@@ -135,15 +135,26 @@ def expected(weight: Tensor, logits: Tensor) -> Tensor:
     return (logits.softmax(-1).to(weight.dtype) @ weight).float()
 
 
-def expected_by(decoder: Decoder, states: Tensor, weight: Tensor) -> Tensor:
-    """That of what a decoder makes of final states (tokens, hidden), (tokens, hidden). In the precision of its layers'
-    products, which is enough for derivatives; losses of two changes can be closer to each other than that. Of a decoder
-    whose logits are those of the head (`predictable`)."""
-    kind, own = decoder.products or weight.dtype, decoder.model.get_output_embeddings()
-    # once for all tokens: heads are large
-    head, bias, weight = own.weight.to(kind), None if own.bias is None else own.bias.to(kind), weight.to(kind)
-    found = [expected(weight, F.linear(h.to(kind), head, bias).float()) for h in states.split(_rows(decoder))]
-    return torch.cat(found)
+class Expected:
+    """`expected` of what a decoder makes of final states, in the precision of its layers' products. That is enough for
+    derivatives; losses of two changes can be closer to each other than that.
+
+    Args:
+        decoder: one whose logits are those of its head (`predictable`). The head is cast once, as heads are large: what
+            comes and goes beside results that stay would leave memory in pieces.
+        weight: what the mean is taken of (vocab, hidden).
+    """
+
+    def __init__(self, decoder: Decoder, weight: Tensor):
+        kind, own = decoder.products or weight.dtype, decoder.model.get_output_embeddings()
+        self.head, self.bias = own.weight.to(kind), None if own.bias is None else own.bias.to(kind)
+        self.weight = self.head if own.weight is weight else weight.to(kind)
+        self.size = _rows(decoder)
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """(tokens, hidden) → (tokens, hidden), fp32."""
+        logits = (F.linear(h.to(self.head.dtype), self.head, self.bias).float() for h in states.split(self.size))
+        return torch.cat([expected(self.weight, each) for each in logits])
 
 
 def parts(module: PruningModule, at: Targets, states: Callable[[slice], Tensor]) -> Iterator[tuple[slice, Tensor]]:

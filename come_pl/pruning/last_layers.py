@@ -37,7 +37,7 @@ from come_pl.decoder import Decoder, Geometry
 from come_pl.offload import present, stored
 from come_pl.pruning import final_norm, head
 from come_pl.pruning.batches import inputs_of
-from come_pl.pruning.head import Targets
+from come_pl.pruning.head import Expected, Targets
 from come_pl.pruning.regression import add_outer, folds_of, mirror
 from come_pl.surgery import FINAL_NORM, put_back, set_weights
 from come_pl.taps import stream_at, targets_of
@@ -166,7 +166,7 @@ def _windows(module: PruningModule, folds: int, tokens: float, lowest: int) -> t
     curved = stride * max(1, round(module.targets() / stride / CURVED))
     seen: list[Window] = []
     unseen: list[Window] = []
-    left_out = module.unseen_fold(folds)
+    left_out, targets = module.unseen_fold(folds), head.targets(module)
     for number, batch in enumerate(module.batches):
         content = batch["input_ids"].sum(1) // folds
         picked = (content % stride == 0) & targets_of(batch["mask"]).any(1)
@@ -179,7 +179,7 @@ def _windows(module: PruningModule, folds: int, tokens: float, lowest: int) -> t
             part = module.part((number, slice(row, row + 1)))
             counted = targets_of(part["mask"])[0]
             following = part["input_ids"][0, 1:][counted]
-            y = head.targets(module, dense[row, :-1][counted], following)
+            y = targets(dense[row, :-1][counted], following)
             own = hidden[row : row + 1].clone()
             size = own[0, :-1][counted].float().square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt()
             inputs = inputs_of(part)
@@ -291,9 +291,10 @@ class _Last:
         curved = [window for window in windows if window.curved]
         if not _everywhere(self.module, curved):  # few windows, none of which has been picked
             curved = windows
-        with self._changed(change):
+        with self._changed(change), torch.no_grad():
+            expected = Expected(self.student, self.student.model.get_output_embeddings().weight)
             for window in windows:
-                self._add(window, sums, factors and window in curved)
+                self._add(window, sums, factors and window in curved, expected)
         tokens, bent = (self._tokens(some) for some in (windows, curved))
         for total in sums.values():
             for square in total.curvature or ():
@@ -306,7 +307,7 @@ class _Last:
     def _tokens(self, windows: list[Window]) -> float:
         return float(self.module.sum(torch.tensor(float(sum(len(window.at) for window in windows)))))
 
-    def _add(self, window: Window, sums: dict[str, Derivatives], factors: bool) -> None:
+    def _add(self, window: Window, sums: dict[str, Derivatives], factors: bool, expected: Expected) -> None:
         runs: dict[int, Run] = {}
         hidden, layers = [window.hidden], range(self.lowest, len(self.student))
         for index in layers:
@@ -316,7 +317,7 @@ class _Last:
             else:  # a graph keeps the weights of its layer
                 with torch.no_grad():
                     hidden.append(stream_at(self.student, index + 1, *window.inputs, start=index, hidden=hidden[-1]))
-        slopes = self._slopes(window, hidden.pop(), factors)
+        slopes = self._slopes(window, hidden.pop(), factors, expected)
         for index in reversed(layers):
             before = hidden.pop()
             with present(self.student.layers[index]):  # for autograd, too
@@ -330,7 +331,7 @@ class _Last:
                         add_outer(total.curvature[0], own[0] * window.size)
                         add_outer(total.curvature[1], x / window.size)
 
-    def _slopes(self, window: Window, stream: Tensor, factors: bool) -> list[Tensor]:
+    def _slopes(self, window: Window, stream: Tensor, factors: bool, expected: Expected) -> list[Tensor]:
         """Of the loss and, with `factors`, of the nats of the next tokens, at the stream after the last layer
         (1, seq, hidden)."""
         weight, norm = self.student.model.get_output_embeddings().weight, self.student.final_norm
@@ -338,10 +339,10 @@ class _Last:
         with torch.enable_grad():
             normed = norm(state)
         with torch.no_grad():
-            expected = head.expected_by(self.student, normed.detach(), weight)
+            own = expected(normed.detach())
         found = []
         for wanted in (window.at.y, weight[window.at.following].float())[: 1 + factors]:
-            [slope] = torch.autograd.grad(normed, state, (expected - wanted).to(normed.dtype), retain_graph=True)
+            [slope] = torch.autograd.grad(normed, state, (own - wanted).to(normed.dtype), retain_graph=True)
             whole = torch.zeros_like(stream)
             whole[0, :-1][window.counted] = slope
             found.append(whole)
