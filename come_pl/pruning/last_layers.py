@@ -284,6 +284,7 @@ class _Last:
         nats, tokens = self.module.sum(sums).tolist()
         return head.mean(nats, tokens)
 
+    @torch.no_grad()
     def derivatives(self, windows: list[Window], change: Tensor, factors: bool) -> dict[str, Derivatives]:
         """Of the loss, by projection; G and A only with `factors`. The graph of one window is in memory at a time, or,
         where matrices are elsewhere, of one layer."""
@@ -291,7 +292,7 @@ class _Last:
         curved = [window for window in windows if window.curved]
         if not _everywhere(self.module, curved):  # few windows, none of which has been picked
             curved = windows
-        with self._changed(change), torch.no_grad():
+        with self._changed(change):
             expected = Expected(self.student, self.student.model.get_output_embeddings().weight)
             for window in windows:
                 self._add(window, sums, factors and window in curved, expected)
@@ -315,8 +316,7 @@ class _Last:
                 runs[index] = self._run(index, window, hidden[-1])
                 hidden.append(runs[index].output.detach())
             else:  # a graph keeps the weights of its layer
-                with torch.no_grad():
-                    hidden.append(stream_at(self.student, index + 1, *window.inputs, start=index, hidden=hidden[-1]))
+                hidden.append(stream_at(self.student, index + 1, *window.inputs, start=index, hidden=hidden[-1]))
         slopes = self._slopes(window, hidden.pop(), factors, expected)
         for index in reversed(layers):
             before = hidden.pop()
@@ -338,8 +338,7 @@ class _Last:
         state = stream[0, :-1][window.counted].detach().requires_grad_()
         with torch.enable_grad():
             normed = norm(state)
-        with torch.no_grad():
-            own = expected(normed.detach())
+        own = expected(normed.detach())
         found = []
         for wanted in (window.at.y, weight[window.at.following].float())[: 1 + factors]:
             [slope] = torch.autograd.grad(normed, state, (own - wanted).to(normed.dtype), retain_graph=True)
