@@ -8,6 +8,8 @@ pickle is read but one that is named itself, FOLDER/pytorch_model.bin (by torch'
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import hashlib
 import importlib.util
 import json
@@ -138,13 +140,23 @@ def load_config(name: str) -> Any:
     Raises:
         ModelError: unreadable. UnsupportedModel: of another family.
     """
-    from transformers import AutoConfig
-
     where = locate(name)
     with _reading(name):
-        config = AutoConfig.from_pretrained(where.path, **where.kwargs)
+        if where.gguf_file:
+            file = (Path(where.path) / where.gguf_file).stat()
+            config = copy.deepcopy(_config(where, (file.st_mtime_ns, file.st_size)))
+        else:
+            config = _config.__wrapped__(where)
     family_of(config)
     return config
+
+
+@functools.lru_cache(maxsize=1)
+def _config(where: Location, _state: tuple[int, ...] = ()) -> Any:
+    """Kept for a GGUF file as it is, since it takes seconds: its whole vocabulary is read."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(where.path, **where.kwargs)
 
 
 def on_meta(config: Any, dtype: torch.dtype = torch.float32) -> Any:
@@ -219,9 +231,10 @@ def load_model(
             memory.map_large()
             model, missing = _from_disk(where, config, wanted, Store(Scratch(scratch)))
         else:
+            known = {"config": config} if where.gguf_file else {}  # whose vocabulary takes seconds to read
             try:
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    where.path, dtype=wanted, output_loading_info=True, **where.weights
+                    where.path, dtype=wanted, output_loading_info=True, **where.weights, **known
                 )
             except (SafetensorError, OSError):
                 if where.weights.get("use_safetensors") and Path(where.path).is_dir():

@@ -11,6 +11,7 @@ import torch
 from cli import exit_code
 from conftest import save_tiny, seeing_model, tiny_model, tiny_text, tiny_tokenizer
 from torch import nn
+from transformers import LlamaConfig
 
 from come_pl import models
 from come_pl.cli.prune import prune_main
@@ -29,6 +30,7 @@ def pruned(folder: Path, monkeypatch: pytest.MonkeyPatch, model: str, *words: ob
     text = tiny_text(folder / "text.txt")
     words = ("--model.path", model, "--data.calibration", text, "--evaluation.data", text, *words)
     words += ("--data.tokens", 256, "--data.seqlen", 16, "--evaluation.tokens", 128, "--output", folder / "run")
+    words += ("--data.batch_size", 2)
     return exit_code(prune_main, "prune.py", "--samples", "false", *words, monkeypatch=monkeypatch)
 
 
@@ -129,3 +131,24 @@ def test_a_fingerprint_is_of_the_config_and_of_more_than_one_column(tmp_path: Pa
     assert len(set(prints.values())) == 3
     models_by_change["none"].save_pretrained(tmp_path)
     assert models.fingerprint(load_model(str(tmp_path))) == prints["none"]
+
+
+def test_the_config_of_a_gguf_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Until the file is another, and nobody's changes are another's; a folder's is read each time."""
+    read = list[str]()
+
+    def from_pretrained(path: str, **kwargs: Any) -> LlamaConfig:
+        read.append(path)
+        return LlamaConfig(num_hidden_layers=len(read))
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", from_pretrained)
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF")
+    first = models.load_config(str(file))
+    first.vocab_size = 7
+    second = models.load_config(str(file))
+    assert len(read) == 1 and second.num_hidden_layers == 1 and second.vocab_size != 7
+    file.write_bytes(b"GGUF, another")
+    assert models.load_config(str(file)).num_hidden_layers == 2
+    (tmp_path / "config.json").write_text("{}")
+    assert [models.load_config(str(tmp_path)).num_hidden_layers for _ in range(2)] == [3, 4]
