@@ -251,13 +251,13 @@ def test_the_counter_counts_whoever_runs():
 
 def test_the_clearly_worse_are_told_by_paired_differences():
     """Against the formula in plain Python; what does not count may be anything."""
-    generator = torch.Generator().manual_seed(0)
+    generator, told_apart = torch.Generator().manual_seed(0), set[tuple[bool, bool]]()
     for _ in range(20):
         counted_tokens = torch.rand(90, generator=generator) > 0.3
         base = torch.rand(90, generator=generator, dtype=torch.float64) * 5
         noise = torch.randn(6, 90, generator=generator, dtype=torch.float64) * 0.7
         values = base + noise + torch.tensor([[0.0], [0.1], [0.2], [0.4], [0.0], [0.0]])
-        values[4], values[5] = math.nan, values[:4].mean(1).argmin()  # one that is no number, and a constant
+        values[4], values[5] = math.nan, base.mean() + 0.3  # one that is no number, and a constant
         values[:, ~counted_tokens] = math.nan
         rows = [[v for v, c in zip(row, counted_tokens.tolist(), strict=True) if c] for row in values.tolist()]
         means = [math.inf if math.isnan(sum(row)) else sum(row) / len(row) for row in rows]
@@ -270,6 +270,10 @@ def test_the_clearly_worse_are_told_by_paired_differences():
             deviation = math.sqrt(sum((x - mean) ** 2 for x in d) / len(d))
             assert above[candidate] == pytest.approx(mean)
             assert lost[candidate] == (mean > 3.0 * deviation / math.sqrt(len(d)))
+            lenient = clearly_worse(values, counted_tokens, lambda t: t, 3.0, close=0.15)[1]
+            assert lenient[candidate] == (mean + 0.15 > 3.0 * deviation / math.sqrt(len(d)))
+            told_apart.add((lost[candidate], lenient[candidate]))
+    assert told_apart == {(False, False), (False, True), (True, True)}
     assert clearly_worse(torch.full((2, 3), math.nan), torch.ones(3, dtype=torch.bool), lambda t: t)[0] == 0
 
 
@@ -347,7 +351,7 @@ def test_a_race_finds_what_the_search_does(method: Any, errors: float, monkeypat
     found = {}
     for raced in (False, True):
         method.race = raced
-        monkeypatch.setattr("come_pl.pruning.race.Race.__init__.__defaults__", (errors,))
+        monkeypatch.setattr("come_pl.pruning.module.ERRORS", errors)
         module = measured(tiny_model(layers=6, seed=1), method)
         with counted(module.student_model, TOKENS) as cost:
             step = decide(module, method, remove=1, **statistics).step
@@ -359,3 +363,35 @@ def test_a_race_finds_what_the_search_does(method: Any, errors: float, monkeypat
         assert min(race[2]) == pytest.approx(min(exact[2]), rel=1e-6)
     if errors == 0:
         assert race[3] < exact[3] / 2 and max(race[2][1:-1]) < math.inf, "each ran, if only on one window"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_coarse_race_does_not_tell_close_ratios_apart(seed: int):
+    """What it chooses is no more than `close` above its neighbours, and the closer it looks, the more it runs."""
+    found = []
+    for close in (0.0, 0.03, 100.0):
+        method = CoMeP(search="coarse", race=True, close=close)
+        module = measured(tiny_model(layers=6, seed=seed), method)
+        with counted(module.student_model, TOKENS) as cost:
+            step = decide(module, method, **SPAN).step
+        _, losses = chosen_by_copies(module, 20)
+        assert step.ratio is not None
+        point, tried = round(step.ratio[0] * 20), [loss for loss in step.scores["ratio_loss"] if loss is not None]
+        beside = [losses[i] for i in (point - 1, point + 1) if 0 <= i <= 20]
+        assert losses[point] <= min(beside) + close and min(tried) == step.scores["ratio_loss"][point]
+        found.append((cost.layer_tokens, len(tried)))
+    exact, near, any_ratio = found
+    assert exact[0] > near[0] > any_ratio[0]
+    # the merged layer, 4 and 5, of the first window alone
+    assert any_ratio[0] == any_ratio[1] * 3 * IDS.shape[1]
+
+
+def test_a_full_race_tells_close_ratios_apart():
+    one, other = (searched("full", race=True, close=close)[1].step for close in (0.0, 100.0))
+    assert one.scores == other.scores and one.ratio == other.ratio
+
+
+def test_bad_close():
+    for close in (-0.01, math.nan, math.inf):
+        with pytest.raises(ValueError, match="close .*: nats a token, 0 or more"):
+            CoMeP(close=close)

@@ -16,7 +16,7 @@ from come_pl import record as records
 from come_pl.decoder import Decoder, attention_mask
 from come_pl.offload import Offload, Store, aside, matrices, take_back
 from come_pl.pruning.batches import inputs_of
-from come_pl.pruning.race import Look, Race
+from come_pl.pruning.race import ERRORS, Look, Race
 from come_pl.pruning.sites import SiteRace
 from come_pl.pruning.states import CalibrationStates
 from come_pl.pruning.streams import Cache, FileBlock
@@ -230,12 +230,13 @@ class PruningModule(CalibrationStates):
         nats, gave_up = self.sum(total).tolist()
         return nats / targets if not gave_up and nats / targets <= bound else math.inf  # nor if it is not a number
 
-    def race(self, candidate: Callable[[int], dict[str, Any]], windows: int | None = None) -> Race:
+    def race(self, candidate: Callable[[int], dict[str, Any]], windows: int | None = None, close: float = 0.0) -> Race:
         """A race of candidates for the least calibration loss.
 
         Args:
             candidate: its number → how it differs from the student: `start`, `skip`, `swap` of `loss`.
             windows: as for `loss`.
+            close: nats a token that the winner may be above the best; what else is as close is given up sooner.
         """
 
         @torch.inference_mode()
@@ -245,7 +246,7 @@ class PruningModule(CalibrationStates):
         def counted(look: Look) -> Tensor:
             return targets_of(self.part(look)["mask"])
 
-        return Race(measure, list(self.looks(windows)), counted, self.sum)
+        return Race(measure, list(self.looks(windows)), counted, self.sum, ERRORS, close)
 
     def _losses(self, look: Look, start: int, **arrangement: Any) -> Tensor:
         batch = self.part(look)

@@ -8,7 +8,9 @@ up when
 
 Neighbouring tokens are not independent, and a candidate is looked at several times: z is larger than a single test of
 independent tokens would ask for. Unlike a bound on the partial sum, this may give up the best: a search says when it is
-used. Racing: Maron and Moore, Hoeffding races, NeurIPS 1993; the paired differences follow Moore and Lee, ICML 1994.
+used. Where one that is at most δ above the best will do, δ is added on the left: what is surely not better by more than
+δ is given up. Racing: Maron and Moore, Hoeffding races, NeurIPS 1993; the paired differences and the δ follow Moore and
+Lee, Efficient algorithms for minimizing cross validation error, ICML 1994.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ Look = tuple[int, slice]  # a batch, and windows of it
 
 
 def clearly_worse(
-    values: Tensor, counted: Tensor, total: Callable[[Tensor], Tensor], errors: float = ERRORS
+    values: Tensor, counted: Tensor, total: Callable[[Tensor], Tensor], errors: float = ERRORS, close: float = 0.0
 ) -> tuple[int, list[bool], list[float]]:
     """(the candidate of the least mean, the first of equals; which of them have lost; by how much each mean is above
     the least).
@@ -34,6 +36,7 @@ def clearly_worse(
         counted: (tokens,), True where a token counts.
         total: sum of a tensor over processes.
         errors: z.
+        close: δ.
     """
     values = torch.where(counted, values, 0.0)
     sums = total(torch.cat([values.sum(1), counted.sum(dtype=torch.float64)[None]]))
@@ -42,7 +45,7 @@ def clearly_worse(
     differences = values - values[leader]
     above, squares = total(torch.stack([differences.sum(1), differences.square().sum(1)])) / tokens
     deviation = (squares - above.square()).clamp(min=0).sqrt()
-    lost = ~(above <= errors * deviation / tokens.sqrt())
+    lost = ~(above + close <= errors * deviation / tokens.sqrt())
     lost[leader] = False
     return leader, lost.tolist(), above.nan_to_num(nan=math.inf).tolist()
 
@@ -62,10 +65,15 @@ class Standing:
         self._gone: dict[int, tuple[int, float]] = {}  # in the order of giving up: who led then, how far above
 
     def compare(
-        self, values: Tensor, counted: Tensor, total: Callable[[Tensor], Tensor], errors: float = ERRORS
+        self,
+        values: Tensor,
+        counted: Tensor,
+        total: Callable[[Tensor], Tensor],
+        errors: float = ERRORS,
+        close: float = 0.0,
     ) -> None:
         """As `clearly_worse`, with a row of values for each that is left; those that have lost are left no more."""
-        place, lost, above = clearly_worse(values, counted, total, errors)
+        place, lost, above = clearly_worse(values, counted, total, errors, close)
         self.leader = self.left[place]
         self._now = dict(zip(self.left, above, strict=True))
         self._gone |= {c: (self.leader, self._now[c]) for c, out in zip(self.left, lost, strict=True) if out}
@@ -92,6 +100,7 @@ class Race:
         counted: look → (windows, seq − 1), True where a token is predicted.
         total: sum of a tensor over processes.
         errors: z.
+        close: δ.
     """
 
     def __init__(
@@ -101,8 +110,10 @@ class Race:
         counted: Callable[[Look], Tensor],
         total: Callable[[Tensor], Tensor],
         errors: float = ERRORS,
+        close: float = 0.0,
     ):
-        self.measure, self.looks, self.total, self.errors = measure, looks, total, errors
+        self.measure, self.looks, self.total = measure, looks, total
+        self.errors, self.close = errors, close
         self.counted = [counted(look).flatten() for look in looks]
         self._losses: dict[int, list[Tensor]] = {}  # candidate → of the looks so far
         self.winner, self.above = -1, dict[int, float]()
@@ -114,7 +125,7 @@ class Race:
             for candidate in standing.left:
                 self._reach(candidate, count)
             values = torch.stack([torch.cat(self._losses[c][:count]) for c in standing.left]).double()
-            standing.compare(values, torch.cat(self.counted[:count]), self.total, self.errors)
+            standing.compare(values, torch.cat(self.counted[:count]), self.total, self.errors, self.close)
             if len(standing.left) == 1:
                 break
         known = standing.above()

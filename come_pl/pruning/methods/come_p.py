@@ -8,7 +8,9 @@ loss is already above the best is given up, which changes no choice. So that thi
 grid comes first, then the points around the best at half the distance, and so on down to its neighbours; `full` then
 tries all the others, those near the best first, `coarse` ends there, with a point that is no worse than its neighbours.
 `race` runs candidates side by side and gives one up as soon as it is clearly above the best of the same tokens
-(`come_pl/pruning/race.py`); the losses in the scores are then the winner's, and that plus the mean difference to it.
+(`come_pl/pruning/race.py`); the losses in the scores are then the winner's, and that plus the mean difference to it. A
+coarse race also gives up what can be better by no more than `close`: neighbours on the grid differ by so little that
+most of the text would go into telling them apart.
 
 Differs from the released code in: it runs (there the ratio is used before it is set); the whole model is not copied
 for each candidate; and what CoMe's own file lists.
@@ -97,6 +99,8 @@ class CoMeP(CoMe):
             those around the best; fewer than half, and a loss no higher than at the points beside it).
         race: Stop measuring sites and ratios that are clearly worse than the best after a part of the text; the same
             choice unless chance is against it.
+        close: Nats a token that a coarse race does not tell ratios apart by: 0.005 is half a per cent of perplexity, 0
+            asks for the best of what is tried.
     """
 
     def __init__(
@@ -108,13 +112,16 @@ class CoMeP(CoMe):
         span_tokens: Literal["last", "all"] = "all",
         search: Search = "full",
         race: bool = False,
+        close: float = 0.005,
     ):
         if granularity < 1:
             raise ValueError(f"granularity {granularity}: at least 1 interval")
+        if not 0 <= close < math.inf:
+            raise ValueError(f"close {close}: nats a token, 0 or more")
         check(search=(search, Search))
         super().__init__(rho=0.0, norm=norm, wo_repeat=wo_repeat, skip_method=skip_method, span_tokens=span_tokens)
         self.race_sites = race and skip_method == "bi" and span_tokens == "all"
-        self.granularity, self.search, self.race = granularity, search, race
+        self.granularity, self.search, self.race, self.close = granularity, search, race, close
 
     def __call__(
         self, module: PruningModule, statistics: dict[str, Tensor], record: Record, *, remove: int
@@ -148,7 +155,7 @@ class CoMeP(CoMe):
 
     def raced(self, module: PruningModule, candidate: Callable[[int], Candidate]) -> dict[int, float]:
         """Point → the winner's calibration loss on what it ran on, plus how far the point's is above it."""
-        race = module.race(lambda tick: candidate(tick)[-1])
-        points = range(self.granularity + 1)
-        winner = race.best(points) if self.search == "full" else walk(race.best, self.granularity)
+        full = self.search == "full"
+        race = module.race(lambda tick: candidate(tick)[-1], close=0.0 if full else self.close)
+        winner = race.best(range(self.granularity + 1)) if full else walk(race.best, self.granularity)
         return {tick: race.mean(winner) + above for tick, above in race.above.items()}
