@@ -45,6 +45,7 @@ METHODS: dict[str, Method] = {
     "come_p_race": CoMeP(race=True),
     "come_p_coarse": CoMeP(search="coarse"),
     "come_p_coarse_race": CoMeP(search="coarse", race=True),
+    "come_p_coarse_race_close": CoMeP(search="coarse", race=True, close=0.005),
     "sleb": SLEB(),
     "sleb_race": SLEB(race=True),
 }

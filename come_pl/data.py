@@ -174,8 +174,8 @@ class CalibrationData(_WindowModule):
         seqlen: Tokens in a window.
         nsamples: Use this many documents (lines of a text file) instead of the budget, as the official toolkits do.
         packed: Join documents and cut windows. False: one document a window, truncated or padded.
-        batch_size: Windows that go through the model at once, per device; by default as many as make 2,048 tokens, at
-            least 2.
+        batch_size: Windows that go through the model at once, per device; by default as many as make 2,048 tokens, two
+            to four.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class CalibrationData(_WindowModule):
         self.calibration, self.tokens, self.seqlen = calibration, tokens, seqlen
         self.nsamples, self.packed = nsamples, packed
         if batch_size is None:
-            batch_size = max(2, AT_ONCE // max(seqlen, 1))
+            batch_size = min(max(AT_ONCE // max(seqlen, 1), 2), 4)  # methods count windows by fours, in whole batches
         self.batch_size = at_least_one("batch_size", batch_size)
         self.windows: TokenWindows | None = None
 

@@ -99,8 +99,8 @@ class CoMeP(CoMe):
             those around the best; fewer than half, and a loss no higher than at the points beside it).
         race: Stop measuring sites and ratios that are clearly worse than the best after a part of the text; the same
             choice unless chance is against it.
-        close: Nats a token that a coarse race does not tell ratios apart by: 0.005 is half a per cent of perplexity, 0
-            asks for the best of what is tried.
+        close: Nats a token that a coarse race does not tell ratios apart by, to read less: 0.005 is half a per cent of
+            perplexity in each step. 0: the best of what is tried.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class CoMeP(CoMe):
         span_tokens: Literal["last", "all"] = "all",
         search: Search = "full",
         race: bool = False,
-        close: float = 0.005,
+        close: float = 0.0,
     ):
         if granularity < 1:
             raise ValueError(f"granularity {granularity}: at least 1 interval")
