@@ -142,8 +142,6 @@ class ResumableLoader(DataLoader[Any]):
             place.start = state["consumed"]
 
 
-AT_ONCE = 2048  # tokens in a batch: fewer leave a CPU idle between small products
-
 _NOT_ATTACHED = "the data module has no windows yet: call attach(tokenizer, bos=..., seed=...) first"
 
 
@@ -174,8 +172,7 @@ class CalibrationData(_WindowModule):
         seqlen: Tokens in a window.
         nsamples: Use this many documents (lines of a text file) instead of the budget, as the official toolkits do.
         packed: Join documents and cut windows. False: one document a window, truncated or padded.
-        batch_size: Windows that go through the model at once, per device; by default as many as make 2,048 tokens, two
-            to four.
+        batch_size: Windows that go through the model at once, per device.
     """
 
     def __init__(
@@ -185,14 +182,11 @@ class CalibrationData(_WindowModule):
         seqlen: int = 512,
         nsamples: int | None = None,
         packed: bool = True,
-        batch_size: int | None = None,
+        batch_size: int = 2,
     ) -> None:
         super().__init__()
         self.calibration, self.tokens, self.seqlen = calibration, tokens, seqlen
-        self.nsamples, self.packed = nsamples, packed
-        if batch_size is None:
-            batch_size = min(max(AT_ONCE // max(seqlen, 1), 2), 4)  # methods count windows by fours, in whole batches
-        self.batch_size = at_least_one("batch_size", batch_size)
+        self.nsamples, self.packed, self.batch_size = nsamples, packed, at_least_one("batch_size", batch_size)
         self.windows: TokenWindows | None = None
 
     def attach(self, tokenizer: "PreTrainedTokenizerBase", *, bos: bool, seed: int) -> TokenWindows:

@@ -96,7 +96,6 @@ def test_a_compiled_run_is_another_run_with_the_same_steps(
     model, text = save_tiny(tmp_path / "m", layers=5), tiny_text(tmp_path / "t.txt")
     words = ["--model.path", model, "--target_layers", 3, "--data.calibration", text, "--data.tokens", 256]
     words += ["--data.seqlen", 16, "--evaluation.data", text, "--evaluation.tokens", 64, "--samples", "false"]
-    words += ["--data.batch_size", 2]
     words += ["--method", "sleb"]
     monkeypatch.chdir(tmp_path)
     assert exit_code(prune_main, "prune.py", *words, "--output", "plain", monkeypatch=monkeypatch) == 0

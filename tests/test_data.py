@@ -312,18 +312,6 @@ def test_calibration_data(counting: str, tokenizer: PreTrainedTokenizerFast):
     assert data.attach(tokenizer, bos=False, seed=1).fingerprint != windows.fingerprint
 
 
-@pytest.mark.parametrize(("seqlen", "windows"), [(10, 4), (512, 4), (600, 3), (1024, 2), (8192, 2)])
-def test_a_batch_is_two_thousand_tokens_by_default(
-    seqlen: int, windows: int, counting: str, tokenizer: PreTrainedTokenizerFast
-):
-    assert CalibrationData(counting, seqlen=seqlen).batch_size == windows
-    assert CalibrationData(counting, seqlen=seqlen, batch_size=3).batch_size == 3
-    with pytest.raises(DataError, match="batch_size"):
-        CalibrationData(counting, seqlen=seqlen, batch_size=0)
-    with pytest.raises(DataError, match="seqlen"):
-        CalibrationData(counting, seqlen=0).attach(tokenizer, bos=False, seed=0)
-
-
 @pytest.mark.parametrize("streaming", [False, True])
 def test_validation_is_never_trained_on(streaming: bool, counting: str, tokenizer: PreTrainedTokenizerFast):
     data = DistillationData(counting, tokens=1000, seqlen=10, validation_tokens=200, streaming=streaming)

@@ -611,7 +611,7 @@ def test_by_the_command_line(
 ):
     model, text = save_tiny(tmp_path / "tiny", layers=6), tiny_text(tmp_path / "text.txt")
     fixed = f"--model.path {model} --data.calibration {text} --evaluation.data {text} --output {tmp_path / 'run'} "
-    fixed += "--target_layers 4 --data.tokens 256 --data.seqlen 32 --data.batch_size 2 --evaluation.tokens 256 "
+    fixed += "--target_layers 4 --data.tokens 256 --data.seqlen 32 --evaluation.tokens 256 "
     fixed += "--trainer.accelerator cpu --trainer.enable_progress_bar false "
     monkeypatch.setattr(sys, "argv", ["prune.py", *fixed.split(), *arguments.split()])
     prune_main()

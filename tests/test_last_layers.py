@@ -353,7 +353,6 @@ def test_how_many_layers_with_offload(tmp_path: Path, monkeypatch: pytest.Monkey
     text = tiny_text(tmp_path / "text.txt")
     words = ["--model.path", save_tiny(tmp_path / "dense"), "--data.calibration", text, "--evaluation.data", text]
     words += ["--data.tokens", 128, "--data.seqlen", 16, "--evaluation.tokens", 64, "--target_layers", 3]
-    words += ["--data.batch_size", 2]
     words += ["--method", "shortgpt", "--offload", "disk", "--output", tmp_path / "run"]
     assert exit_code(prune_main, "prune.py", *words, monkeypatch=monkeypatch) == 0
     assert read_run(tmp_path / "run")["refit"]["last"] == 1

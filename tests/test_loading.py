@@ -30,7 +30,6 @@ def pruned(folder: Path, monkeypatch: pytest.MonkeyPatch, model: str, *words: ob
     text = tiny_text(folder / "text.txt")
     words = ("--model.path", model, "--data.calibration", text, "--evaluation.data", text, *words)
     words += ("--data.tokens", 256, "--data.seqlen", 16, "--evaluation.tokens", 128, "--output", folder / "run")
-    words += ("--data.batch_size", 2)
     return exit_code(prune_main, "prune.py", "--samples", "false", *words, monkeypatch=monkeypatch)
 
 

@@ -212,7 +212,6 @@ def test_damaged_and_missing_files_are_told_in_one_line(
     tiny_model(layers=LAYERS).save_pretrained(tmp_path / "dense", max_shard_size="20KB")
     words = ["--model.path", "dense", "--offload", "disk", "--data.calibration", text, "--evaluation.data", text]
     words += ["--data.tokens", 512, "--data.seqlen", 32, "--evaluation.tokens", 512, "--target_layers", 3]
-    words += ["--data.batch_size", 2]
     (tmp_path / "dense" / "model.safetensors").unlink()
     shard = sorted((tmp_path / "dense").glob("model-*.safetensors"))[2]
     whole = shard.read_bytes()
@@ -260,7 +259,6 @@ def test_killed_and_gone_on_with_from_the_command_line(
     checkpoint = save_tiny(tmp_path / "dense", layers=8)
     words = ["--model.path", checkpoint, "--data.calibration", text, "--evaluation.data", text, "--target_layers", 3]
     words += ["--data.tokens", 1024, "--data.seqlen", 32, "--evaluation.tokens", 512, "--refit_last", 2]
-    words += ["--data.batch_size", 2]
     assert exit_code(prune_main, "prune.py", *words, "--output", "plain", monkeypatch=monkeypatch) == 0
     words += ["--output", "disk", "--offload", "disk", "--cache", "disk"]
     kill_when((tmp_path / "disk" / "record.jsonl").exists, "prune.py", *words, cwd=tmp_path)
@@ -293,7 +291,7 @@ def test_a_teacher_on_disk_teaches_the_same(
     monkeypatch.chdir(tmp_path)
     text = tiny_text(tmp_path / "text.txt", words=4000)
     words = ["--model.path", save_tiny(tmp_path / "dense", layers=LAYERS), "--target_layers", 3, "--output", "pruned"]
-    words += ["--data.calibration", text, "--data.tokens", 512, "--data.seqlen", 32, "--data.batch_size", 2]
+    words += ["--data.calibration", text, "--data.tokens", 512, "--data.seqlen", 32]
     words += ["--evaluation.data", text, "--evaluation.tokens", 512]
     assert exit_code(prune_main, "prune.py", *words, "--samples", "false", monkeypatch=monkeypatch) == 0
     words = ["--distill", "mp", "--student", "pruned", "--source", text, "--tokens", 2048, "--seqlen", 32]

@@ -197,7 +197,6 @@ def _words(tmp_path: Path, *more: object) -> list[object]:
     text = tiny_text(tmp_path / "t.txt")
     words: list[object] = ["--model.path", save_tiny(tmp_path / "m", layers=5), "--data.calibration", text]
     words += ["--data.tokens", 512, "--data.seqlen", 16, "--evaluation.data", text, "--evaluation.tokens", 64]
-    words += ["--data.batch_size", 2]
     return [*words, "--target_layers", 3, "--samples", "false", *more]
 
 

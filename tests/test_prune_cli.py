@@ -22,7 +22,7 @@ from come_pl.decoder import Decoder
 from come_pl.models import ModelError, load_model
 from come_pl.runs import Run, RunError, read_run
 
-SMALL = ("--data.tokens", 512, "--data.seqlen", 32, "--data.batch_size", 2, "--evaluation.tokens", 512, "--seed", 3)
+SMALL = ("--data.tokens", 512, "--data.seqlen", 32, "--evaluation.tokens", 512, "--seed", 3)
 
 
 @pytest.fixture(scope="module")

@@ -473,7 +473,7 @@ def test_prune_with_refit_from_the_command_line(
 ) -> None:
     model, text = save_tiny(tmp_path / "m", layers=6), tiny_text(tmp_path / "t.txt")
     common = ["--model.path", model, "--target_layers", 3, "--data.calibration", text, "--data.tokens", 512]
-    common += ["--data.seqlen", 32, "--data.batch_size", 2, "--evaluation.data", text, "--evaluation.tokens", 64]
+    common += ["--data.seqlen", 32, "--evaluation.data", text, "--evaluation.tokens", 64]
     repair = ["--refit", "both", "--refit_when", "step", "--sweep", "1"]
     monkeypatch.chdir(tmp_path)
 

@@ -386,12 +386,10 @@ def test_a_coarse_race_does_not_tell_close_ratios_apart(seed: int):
     assert any_ratio[0] == any_ratio[1] * 3 * IDS.shape[1]
 
 
-def test_a_full_race_tells_close_ratios_apart():
-    one, other = (searched("full", race=True, close=close)[1].step for close in (0.0, 100.0))
-    assert one.scores == other.scores and one.ratio == other.ratio
-
-
 def test_bad_close():
     for close in (-0.01, math.nan, math.inf):
         with pytest.raises(ValueError, match="close .*: nats a token, 0 or more"):
-            CoMeP(close=close)
+            CoMeP(search="coarse", race=True, close=close)
+    for idle in ({"search": "full", "race": True}, {"search": "coarse"}):
+        with pytest.raises(ValueError, match="close 0.1: .* needs search coarse, race true"):
+            CoMeP(close=0.1, **idle)  # type: ignore[arg-type]
