@@ -27,7 +27,7 @@ LAYERS = 8
 
 def errors(monkeypatch: pytest.MonkeyPatch, z: float) -> None:
     """Standard errors that a site is given up at: four, with as few tokens as here, are more than any race sees."""
-    monkeypatch.setattr("come_pl.pruning.race.Standing.compare.__defaults__", (z,))
+    monkeypatch.setattr("come_pl.pruning.sites.ERRORS", z)
 
 
 def run(folder: Path, race: bool, repeat: bool = False, **options: Any) -> tuple[PruningModule, int]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from come_pl.pruning.race import Standing
+from come_pl.pruning.race import ERRORS, Standing
 
 
 @dataclass
@@ -65,7 +65,7 @@ class SiteRace:
             for end in self._standing.left
         ]
         counted = torch.cat([mask.flatten() for mask in masks])
-        self._standing.compare(torch.stack(rows).double(), counted, lambda total: total)
+        self._standing.compare(torch.stack(rows).double(), counted, lambda total: total, ERRORS)
 
     def settle(self, statistics: dict[str, Tensor], span: int) -> None:
         """Puts the mean distances of a pass that did not run all sites to its end on the same ground.
