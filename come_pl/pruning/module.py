@@ -236,7 +236,7 @@ class PruningModule(CalibrationStates):
         Args:
             candidate: its number → how it differs from the student: `start`, `skip`, `swap` of `loss`.
             windows: as for `loss`.
-            close: nats a token that the winner may be above the best; what else is as close is given up sooner.
+            close: nats a token that the winner may be above the best.
         """
 
         @torch.inference_mode()

@@ -69,7 +69,7 @@ class Standing:
         values: Tensor,
         counted: Tensor,
         total: Callable[[Tensor], Tensor],
-        errors: float = ERRORS,
+        errors: float,
         close: float = 0.0,
     ) -> None:
         """As `clearly_worse`, with a row of values for each that is left; those that have lost are left no more."""
@@ -109,7 +109,7 @@ class Race:
         looks: Sequence[Look],
         counted: Callable[[Look], Tensor],
         total: Callable[[Tensor], Tensor],
-        errors: float = ERRORS,
+        errors: float,
         close: float = 0.0,
     ):
         self.measure, self.looks, self.total = measure, looks, total

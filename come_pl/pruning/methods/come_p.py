@@ -119,9 +119,7 @@ class CoMeP(CoMe):
         if not 0 <= close < math.inf:
             raise ValueError(f"close {close}: nats a token, 0 or more")
         if close and not (race and search == "coarse"):
-            raise ValueError(
-                f"close {close}: told apart are ratios in a coarse race; it needs search coarse, race true"
-            )
+            raise ValueError(f"close {close}: it is for a coarse race, and needs search coarse, race true")
         check(search=(search, Search))
         super().__init__(rho=0.0, norm=norm, wo_repeat=wo_repeat, skip_method=skip_method, span_tokens=span_tokens)
         self.race_sites = race and skip_method == "bi" and span_tokens == "all"
@@ -159,6 +157,7 @@ class CoMeP(CoMe):
 
     def raced(self, module: PruningModule, candidate: Callable[[int], Candidate]) -> dict[int, float]:
         """Point → the winner's calibration loss on what it ran on, plus how far the point's is above it."""
-        race, points = module.race(lambda tick: candidate(tick)[-1], close=self.close), range(self.granularity + 1)
+        race = module.race(lambda tick: candidate(tick)[-1], close=self.close)
+        points = range(self.granularity + 1)
         winner = race.best(points) if self.search == "full" else walk(race.best, self.granularity)
         return {tick: race.mean(winner) + above for tick, above in race.above.items()}
